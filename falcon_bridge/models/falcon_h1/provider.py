@@ -1,0 +1,209 @@
+"""Provider of Falcon-H1 models: a GPTModelProvider with an SSM branch, µP multipliers and a layer pattern."""
+
+import contextlib
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from megatron.bridge.models.gpt_provider import GPTModelProvider
+from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
+from megatron.core.transformer import ModuleSpec
+
+from falcon_bridge.models.falcon_h1.layer_specs import falcon_h1_block_spec
+from falcon_bridge.models.falcon_h1.model import FalconH1Model
+from falcon_bridge.models.falcon_h1.pattern import resolve_pattern
+from falcon_bridge.models.falcon_h1.validation import check_supported
+from falcon_bridge.training.flops import falcon_h1_flops
+
+
+def default_transformer_impl() -> str:
+    """Transformer Engine where it can run, Megatron's local implementation elsewhere."""
+    has_te = find_spec("transformer_engine") is not None
+    return "transformer_engine" if has_te and torch.cuda.is_available() else "local"
+
+
+@dataclass
+class FalconH1ModelProvider(GPTModelProvider):
+    """Configuration and factory of a Falcon-H1 model.
+
+    Attributes beyond those of `GPTModelProvider`:
+        conv_kernel: Taps of the causal convolution (`mamba_d_conv`).
+        chunk_size: Chunk of the fused scan; changes speed, not results (`mamba_chunk_size`).
+        gated_norm: RMSNorm behind the SSM's gate (`mamba_rms_norm`).
+        ssm_backend: "auto" takes mamba-ssm's kernels on GPU and pure torch on CPU; "torch" is pure torch anywhere.
+        max_position_embeddings: Context that the model claims in its Hugging Face config; `seq_length` where None.
+            Training at another `seq_length` does not change it.
+        bos_token_id, eos_token_id, pad_token_id: For the exported Hugging Face config.
+        layer_pattern: One symbol a layer (`pattern.SYMBOLS`), or None for the ratios.
+        parallel_ratio, mamba_ratio, attention_ratio, mlp_ratio: Shares of the kinds of layers; all 0 means parallel
+            hybrid blocks throughout, as in every released model.
+        embedding_multiplier ... ssm_multipliers: µP forward multipliers, see `mup.FalconH1Multipliers`.
+
+    `num_attention_heads` and `mamba_num_heads` are independent and may be 0 (not both).
+    """
+
+    normalization: str = "RMSNorm"
+    gated_linear_unit: bool = True
+    activation_func: object = torch.nn.functional.silu
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    position_embedding_type: Literal["rope"] = "rope"
+    rotary_base: float = 1e11
+    layernorm_epsilon: float = 1e-5
+    hidden_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    init_method_std: float = 0.02
+    share_embeddings_and_output_weights: bool = False
+    should_pad_vocab: bool = True
+    is_hybrid_model: bool = True
+    transformer_impl: str = field(default_factory=default_transformer_impl)
+    transformer_layer_spec: object = falcon_h1_block_spec
+    bias_dropout_fusion: bool = True
+    bias_activation_fusion: bool = False
+
+    mamba_num_heads: int = 24
+    mamba_head_dim: int = 64
+    mamba_state_dim: int = 256
+    mamba_num_groups: int = 1
+    conv_kernel: int = 4
+    chunk_size: int = 128
+    gated_norm: bool = True
+    ssm_backend: Literal["auto", "mamba_ssm", "torch"] = "auto"
+
+    max_position_embeddings: int | None = None
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 11
+    pad_token_id: int | None = 0
+
+    layer_pattern: str | None = None
+    parallel_ratio: float = 0.0
+    mamba_ratio: float = 0.0
+    attention_ratio: float = 0.0
+    mlp_ratio: float = 0.0
+
+    embedding_multiplier: float = 1.0
+    lm_head_multiplier: float = 1.0
+    key_multiplier: float = 1.0
+    attention_in_multiplier: float = 1.0
+    attention_out_multiplier: float = 1.0
+    ssm_in_multiplier: float = 1.0
+    ssm_out_multiplier: float = 1.0
+    mlp_multipliers: tuple[float, float] = (1.0, 1.0)
+    ssm_multipliers: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
+
+    def resolve_layer_pattern(self) -> str:
+        """The pattern with one symbol a layer.
+
+        Raises:
+            ValueError: If pattern or ratios are not usable.
+        """
+        return resolve_pattern(
+            self.layer_pattern,
+            self.num_layers,
+            parallel_ratio=self.parallel_ratio,
+            mamba_ratio=self.mamba_ratio,
+            attention_ratio=self.attention_ratio,
+            mlp_ratio=self.mlp_ratio,
+        )
+
+    @property
+    def d_ssm(self) -> int:
+        """Inner width of the SSM branch."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    def finalize(self) -> None:
+        """Validate and compute what depends on other fields; may be called again after changing fields.
+
+        Raises:
+            ValueError: With one line that says what to change, for what the model cannot do.
+        """
+        # lists come back where a saved run_config.yaml held tuples
+        self.mlp_multipliers = tuple(self.mlp_multipliers)
+        self.ssm_multipliers = tuple(self.ssm_multipliers)
+        check_supported(self)
+        if self.num_attention_heads == 0:
+            # no attention branch is built; Megatron still divides by these
+            self.kv_channels, self.num_query_groups = self.kv_channels or 64, 1
+        head_dim = self.kv_channels or self.hidden_size // self.num_attention_heads
+        self.softmax_scale = self.key_multiplier * self.attention_in_multiplier**2 / head_dim**0.5
+        if self.transformer_impl == "local":
+            self.persist_layer_norm = False
+            self.apply_rope_fusion = False
+            self.masked_softmax_fusion = False
+        if self.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
+            # Transformer Engine's linears could do it, but the output layer is Megatron's own, which needs APEX
+            self.gradient_accumulation_fusion = False
+        if not self.bf16 and self.cross_entropy_fusion_impl == "native":
+            # Megatron's fused cross-entropy rounds its gradient to bf16, whatever the model's dtype
+            self.cross_entropy_loss_fusion = False
+        if self.virtual_pipeline_model_parallel_size is not None and self.pipeline_model_parallel_size > 1:
+            # with two pipeline ranks, batched point-to-point calls let the two tensors cross, without an error
+            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
+        # layers of different kinds have different parameters: they cannot be stacked in a checkpoint
+        self.hetereogenous_dist_checkpoint = len(set(self.resolve_layer_pattern())) > 1
+        super().finalize()
+
+    def provide(
+        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
+    ) -> FalconH1Model:
+        """Build this rank's part of the model.
+
+        Args:
+            pre_process: Whether the embedding is here; from the pipeline rank where None.
+            post_process: Whether the head is here; likewise.
+            vp_stage: Virtual pipeline stage.
+
+        Returns:
+            The model, on the current device, or on the meta device with `init_model_with_meta_device`.
+
+        Raises:
+            ValueError: If vocab_size is not set.
+        """
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not set: give the model the vocabulary size of its tokenizer")
+        # Bridge's setup() resets should_pad_vocab when the model has a vocab_size of its own
+        padded_vocab_size = calculate_padded_vocab_size(
+            self.vocab_size, self.make_vocab_size_divisible_by, self.tensor_model_parallel_size
+        )
+        pp_group, vp_size = self._pg_collection.pp, self.virtual_pipeline_model_parallel_size
+        if pre_process is None:
+            pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pp_group)
+        if post_process is None:
+            post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pp_group)
+        self._vp_stage = vp_stage
+        spec = self.transformer_layer_spec
+        if not isinstance(spec, ModuleSpec):
+            spec = spec(self, vp_stage=vp_stage)
+        device = partial(torch.device, "meta") if self.init_model_with_meta_device else contextlib.nullcontext
+        with device():
+            return FalconH1Model(
+                self,
+                transformer_layer_spec=spec,
+                vocab_size=padded_vocab_size,
+                max_sequence_length=self.seq_length,
+                pre_process=pre_process,
+                post_process=post_process,
+                fp16_lm_cross_entropy=self.fp16_lm_cross_entropy,
+                parallel_output=self.parallel_output,
+                share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
+                position_embedding_type=self.position_embedding_type,
+                rotary_percent=self.rotary_percent,
+                rotary_base=self.rotary_base,
+                scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
+                pg_collection=self._pg_collection,
+                vp_stage=vp_stage,
+            )
+
+    def _get_num_floating_point_operations_with_runtime_stats(
+        self, batch_size: int, seqlen_sum: int | None = None, seqlen_squared_sum: int | None = None, **_
+    ) -> int:
+        """Bridge's hook for TFLOP/s; see `training.flops.falcon_h1_flops`."""
+        return falcon_h1_flops(self, batch_size, seqlen_sum, seqlen_squared_sum)

@@ -1,0 +1,184 @@
+"""The SSM branch of Falcon-H1: Mamba-2 with µP multipliers, any group count under any tensor-parallel size."""
+
+import copy
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from torch import Tensor
+
+from falcon_bridge.compat.mamba import have_mamba_ssm, mamba_ssm_optional
+from falcon_bridge.models.falcon_h1.context_parallel import GatheredGroups
+from falcon_bridge.models.falcon_h1.norm import GroupedRMSNorm
+from falcon_bridge.ops.conv1d import causal_conv1d
+from falcon_bridge.ops.elementwise import scale_segments
+from falcon_bridge.ops.ssd.chunked import ssd_chunked
+
+
+class FalconH1MambaMixer(MambaMixer):
+    """`MambaMixer` with what Falcon-H1 adds to Mamba-2.
+
+    - µP: `ssm_in_multiplier` and the five `ssm_multipliers` scale z, x, B, C and dt as they leave `in_proj` (dt before
+      its bias is added).
+    - The gated norm honours `layernorm_epsilon`, normalises over its true group when a group spans tensor-parallel
+      ranks, and can be absent (`gated_norm=False`).
+    - More tensor-parallel ranks than groups: the parent is built with pseudo-groups, one a rank, whose product with
+      the state size is unchanged, so widths, checkpoints and weight mappings stay those of the parent; `GatheredGroups`
+      gives the kernels the true groups.
+    - `A_log`, `D` and `dt_bias` stay in fp32 under bf16.
+    - Without mamba-ssm (or with `ssm_backend="torch"`) the scan is the pure-torch one of `falcon_bridge.ops`.
+
+    Args:
+        config: A `FalconH1ModelProvider`.
+        submodules: `in_proj` and `out_proj`.
+        layer_number: Global layer number, from 1.
+        pg_collection: Process groups; `tp` and `cp` are used.
+        pp_layer_offset: Layers on earlier pipeline stages.
+        name: Module name handed down by the parent.
+    """
+
+    def __init__(
+        self,
+        config,
+        submodules: MambaMixerSubmodules,
+        layer_number: int | None = None,
+        pg_collection=None,
+        pp_layer_offset: int = 0,
+        name: str | None = None,
+    ):
+        tp_group = pg_collection.tp
+        with mamba_ssm_optional():
+            super().__init__(
+                _with_pseudo_groups(config, tp_group.size()),
+                submodules,
+                config.hidden_size,
+                d_conv=config.conv_kernel,
+                rmsnorm=False,
+                chunk_size=config.chunk_size,
+                layer_number=layer_number,
+                pg_collection=pg_collection,
+                pp_layer_offset=pp_layer_offset,
+                name=name,
+            )
+        for module in (self, self.in_proj, self.out_proj):
+            module.config = config
+        if config.mamba_num_groups % tp_group.size():
+            self.cp = GatheredGroups(
+                tp_group=tp_group,
+                num_groups=config.mamba_num_groups,
+                d_state=config.mamba_state_dim,
+                cp_group=pg_collection.cp,
+                d_inner_local_tp=self.d_inner_local_tp,
+                nheads_local_tp=self.nheads_local_tp,
+                conv1d_weight_cp1=self.conv1d_weight,
+                conv1d_bias_cp1=self.conv1d_bias,
+                conv1d_padding=self.d_conv - 1,
+                dt_bias_cp1=self.dt_bias,
+                A_log_cp1=self.A_log,
+                D_cp1=self.D,
+                D_has_hdim=self.D_has_hdim,
+            )
+        if config.gated_norm:
+            self.norm = GroupedRMSNorm(
+                self.d_inner, config.mamba_num_groups, config.layernorm_epsilon, tp_group, config.params_dtype
+            )
+        self.dt_bias.data = self.dt_bias.data.float()
+        self._keep_in_float32_parameter_names = ("A_log", "D", "dt_bias")
+
+    def forward(
+        self, hidden_states: Tensor, packed_seq_params: PackedSeqParams | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix along the sequence.
+
+        Args:
+            hidden_states: `[s, b, h]`, normed; `[s/tp, b, h]` under sequence parallelism, `[s/cp, b, h]` under context
+                parallelism.
+            packed_seq_params: Document borders of a packed row; conv and state restart at each.
+
+        Returns:
+            Output of hidden_states' shape, before `ssm_out_multiplier`, and no bias.
+        """
+        zxbcdt, _ = self.in_proj(hidden_states)
+        zxbcdt = scale_segments(zxbcdt, self.in_proj.weight.partition_sizes, self._segment_scales())
+        zxbcdt = self.cp.pre_conv_ssm(zxbcdt, packed_seq_params)
+        packed_seq_params = _covering_the_row(packed_seq_params, zxbcdt.shape[0])
+        scan = self._ssm_training if self._use_mamba_ssm(zxbcdt) else self._ssm_torch
+        y = scan(zxbcdt, packed_seq_params)
+        if self.config.gated_norm:
+            y = self.norm(y)
+        return self.out_proj(y)
+
+    def _segment_scales(self) -> list[float]:
+        return [self.config.ssm_in_multiplier * multiplier for multiplier in self.config.ssm_multipliers]
+
+    def _use_mamba_ssm(self, x: Tensor) -> bool:
+        backend = self.config.ssm_backend
+        if backend == "torch" or (backend == "auto" and not x.is_cuda):
+            return False
+        if not have_mamba_ssm():
+            raise ImportError(
+                "the SSM branch needs mamba-ssm and causal-conv1d on GPU: install falcon-bridge[gpu], or set "
+                "model.ssm_backend=torch for the slow pure-torch scan"
+            )
+        return True
+
+    def _ssm_torch(self, zxbcdt: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor:
+        """Conv, scan and gate in pure torch: `[s, b, ·]` to `[s/cp, b, d_ssm/tp]`, fp32 inside."""
+        cp, seq_idx = self.cp, None if packed_seq_params is None else packed_seq_params.seq_idx
+        bc = cp.ngroups_local_tpcp * cp.d_state
+        widths = [cp.d_inner_local_tpcp, cp.d_inner_local_tpcp + 2 * bc, cp.nheads_local_tpcp]
+        z, xbc, dt = zxbcdt.transpose(0, 1).split(widths, dim=-1)
+        xbc = causal_conv1d(
+            xbc, cp.get_conv1d_weight().squeeze(1), cp.get_conv1d_bias(), activation="silu", seq_idx=seq_idx
+        )
+        x, b, c = xbc.split([cp.d_inner_local_tpcp, bc, bc], dim=-1)
+        wide = torch.promote_types(dt.dtype, torch.float32)
+        y, _ = ssd_chunked(
+            x.unflatten(-1, (-1, self.headdim)),
+            F.softplus(dt.to(wide) + cp.get_dt_bias()),
+            -torch.exp(cp.get_A_log().to(wide)),
+            b.unflatten(-1, (-1, cp.d_state)),
+            c.unflatten(-1, (-1, cp.d_state)),
+            cp.get_D().to(wide),
+            chunk_size=None,
+            seq_idx=seq_idx,
+        )
+        gated = y.flatten(-2) * F.silu(z)
+        return cp.post_conv_ssm(gated.transpose(0, 1).contiguous(), packed_seq_params)
+
+
+def _with_pseudo_groups(config, tp_size: int):
+    """The config to build the parent from: as it is, or with one pseudo-group a tensor-parallel rank."""
+    groups, d_state = config.mamba_num_groups, config.mamba_state_dim
+    if groups % tp_size == 0:
+        return config
+    if tp_size % groups or groups * d_state % tp_size:
+        raise ValueError(
+            f"tensor_model_parallel_size={tp_size} must divide mamba_num_groups={groups}, or be a multiple of it that "
+            f"divides groups·state = {groups * d_state}"
+        )
+    pseudo = copy.copy(config)
+    pseudo.mamba_num_groups, pseudo.mamba_state_dim = tp_size, groups * d_state // tp_size
+    return pseudo
+
+
+def _covering_the_row(packed_seq_params: PackedSeqParams | None, length: int) -> PackedSeqParams | None:
+    """Give packed rows a `seq_idx` over their whole length.
+
+    Megatron computes it from `total_tokens`, which may be unset, and which Bridge takes after context-parallel
+    slicing, while conv and scan see the whole row.
+    """
+    if packed_seq_params is None:
+        return None
+    seq_idx = packed_seq_params.seq_idx
+    if seq_idx is not None and seq_idx.shape[-1] == length:
+        return packed_seq_params
+    borders = packed_seq_params.cu_seqlens_q_padded
+    if borders is None:
+        borders = packed_seq_params.cu_seqlens_q
+    borders = borders.flatten()
+    positions = torch.arange(length, device=borders.device, dtype=borders.dtype)
+    seq_idx = torch.searchsorted(borders[1:].contiguous(), positions, right=True).to(torch.int32).unsqueeze(0)
+    return dataclasses.replace(packed_seq_params, seq_idx=seq_idx, total_tokens=None)
