@@ -1,8 +1,8 @@
 """The upstream internals that falcon_bridge leans on, by name, in one place.
 
 Everything here is private to Megatron Core, Megatron Bridge or transformers (an underscore name, or an attribute that
-we replace), so a minor release may move it. ``tests/unit/compat/test_upstream.py`` resolves the whole table and says
-which name moved; our own modules take the names from here through :func:`upstream`.
+we replace or set), so a minor release may move it. ``tests/unit/compat/test_upstream.py`` resolves the whole table,
+says which name moved, and finds imports of private names that are not listed here.
 """
 
 import importlib
@@ -14,10 +14,17 @@ from typing import Any, NamedTuple
 
 
 class Private(NamedTuple):
-    """One private name: where it lives, as ``module:attribute.path``, and what we use it for."""
+    """One private name.
+
+    Attributes:
+        path: where it lives, as ``module:attribute.path``.
+        why: what we use it for.
+        mentions: a name that upstream's code at `path` must read, where the dependence is an attribute that we set.
+    """
 
     path: str
     why: str
+    mentions: str | None = None
 
 
 PRIVATE: dict[str, Private] = {
@@ -44,6 +51,27 @@ PRIVATE: dict[str, Private] = {
         "megatron.core.ssm.mamba_mixer:HAVE_MAMBA_SSM",
         "MambaMixer.__init__ refuses to run where it is false; true while ours is built (compat/mamba.py)",
     ),
+    "MambaMixer._ssm_training": Private(
+        "megatron.core.ssm.mamba_mixer:MambaMixer._ssm_training", "mamba-ssm's fused convolution and scan"
+    ),
+    "_keep_in_float32_parameter_names": Private(
+        "megatron.bridge.models.model_provider:_apply_mixed_precision_wrapper",
+        "keeps A_log, D and dt_bias in fp32 when the model is cast to bf16",
+        mentions="_keep_in_float32_parameter_names",
+    ),
+    "_pg_collection": Private(
+        "megatron.bridge.models.model_provider:ModelProviderMixin.provide_distributed_model",
+        "sets the process groups that our provider and block spec read",
+        mentions="_pg_collection",
+    ),
+    "_get_num_floating_point_operations_with_runtime_stats": Private(
+        "megatron.bridge.training.utils.flop_utils:num_floating_point_operations",
+        "asks our provider for the FLOPs of a batch",
+        mentions="_get_num_floating_point_operations_with_runtime_stats",
+    ),
+    "_pretrain_common": Private(
+        "megatron.bridge.recipes.common:_pretrain_common", "upstream's defaults, under our recipes"
+    ),
     "DataLoader": Private(
         "torch.utils.data.dataloader:_BaseDataLoaderIter.__init__",
         "draws a seed from the default CPU generator; beside the model's stream in cpu_runtime",
@@ -57,20 +85,7 @@ PRIVATE: dict[str, Private] = {
 }
 
 
-def resolve(path: str) -> Any:
-    """Import what ``module:attribute.path`` names.
-
-    Raises:
-        ImportError: the module or the attribute is not there; the message has both names.
-    """
-    module, _, attributes = path.partition(":")
-    try:
-        return pkgutil.resolve_name(path)
-    except AttributeError:
-        raise ImportError(f"{module} has no {attributes}: it moved or was renamed upstream") from None
-
-
-def upstream(name: str) -> Any:
+def resolve(name: str) -> Any:
     """The private upstream object that :data:`PRIVATE` lists as ``name``.
 
     Raises:
@@ -78,17 +93,17 @@ def upstream(name: str) -> Any:
     """
     private = PRIVATE[name]
     try:
-        return resolve(private.path)
-    except ImportError as error:
-        raise ImportError(f"{private.path} ({private.why}) cannot be imported: {error}") from error
+        return pkgutil.resolve_name(private.path)
+    except (AttributeError, ImportError) as error:
+        raise ImportError(f"{private.path} ({private.why}) moved or was renamed upstream: {error}") from error
 
 
 def patch_missing_helpers_makefile() -> bool:
     """Keep Megatron from running ``make`` in an installed package that has nothing left to make.
 
     ``initialize_megatron`` compiles the C++ dataset helpers with ``make`` and exits if that fails. The megatron-core
-    wheel ships them built but leaves the Makefile out, so every ``pretrain()`` from a wheel would exit, with or without
-    a GPU. Where the Makefile is there (a source checkout) or the built helper is not, nothing is changed. Megatron
+    wheel ships them built but leaves the Makefile out, so every ``pretrain()`` from a wheel would exit, also with a
+    GPU. Where the Makefile is there (a source checkout) or the built helper is not, nothing is changed. Megatron
     Bridge's training modules are not imported by this.
 
     Returns:
