@@ -31,7 +31,7 @@ _LAZY = {
     "falcon_h1_multipliers": f"{_H1}.mup",
 }
 
-__all__ = sorted(_LAZY)  # noqa: PLE0605  built from the table that __getattr__ uses
+__all__ = sorted(_LAZY)
 
 allow_missing_dependencies()
 when_imported("megatron.bridge", register)

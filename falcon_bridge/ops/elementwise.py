@@ -1,6 +1,6 @@
 """Elementwise pieces of Falcon-H1 that carry a µP multiplier, each one read and one write, forward and backward.
 
-A multiplier stays a Python float throughout: rounding it to bf16 first would change every value by up to 2^-9.
+A multiplier stays a Python float throughout: rounding it to bf16 first would change every value by up to 2^-8.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,12 @@
-"""The Transformer Engine and mamba-ssm path against transformers on the same GPU, at released shapes, random weights."""
+"""The Transformer Engine and mamba-ssm path against transformers on the same GPU, at released shapes.
+
+Weights are those that a pretraining run starts from (projections into the residual stream scaled by 1/sqrt(layers), as
+Megatron initialises them), with norms and SSM vectors randomised, and a head that is a copy of the embedding, so that
+predictions are peaked as a trained model's are. Without the scaling and with an independent head, rounding alone takes
+transformers' own bf16 run to cosine 0.99985 and 96 % agreement with its fp32 run.
+"""
 
 import gc
-import json
-import os
 
 import pytest
 import torch
@@ -17,27 +21,21 @@ SEQUENCE, BATCH = 1024, 2
 PROVIDERS = {"0.5B": "FalconH1ModelProvider500M", "1.5B-Deep": "FalconH1ModelProvider1P5BDeep"}
 
 
-def hf_config(size: str) -> FalconH1Config:
+def random_model(size: str) -> FalconH1ForCausalLM:
     from falcon_bridge.models.falcon_h1.hf_config import hf_config_fields
 
-    provider = getattr(falcon_bridge, PROVIDERS[size])()
-    return FalconH1Config(**{**hf_config_fields(provider), "dtype": "float32"})
-
-
-def random_model(size: str) -> FalconH1ForCausalLM:
+    fields = hf_config_fields(getattr(falcon_bridge, PROVIDERS[size])())
     torch.manual_seed(20)
     with torch.device("cuda"):
-        model = FalconH1ForCausalLM(hf_config(size))
+        model = FalconH1ForCausalLM(FalconH1Config(**{**fields, "dtype": "float32"}))
     for name, parameter in model.named_parameters():
-        spread = 0.5 + torch.rand(()).item()
-        if parameter.dim() > 1:
-            parameter.data.normal_(0, 0.3 if "conv1d" in name else 0.02 * spread)
-        elif "norm" in name:
+        if "norm" in name:
             parameter.data.normal_(1, 0.1)
-        elif "A_log" in name:
-            parameter.data.uniform_(0, 2.5)
-        else:
-            parameter.data.normal_(0, 0.3 * spread)
+        elif name.endswith(("A_log", "D", "dt_bias")):
+            parameter.data.add_(0.2 * torch.randn_like(parameter))
+        elif name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight")):
+            parameter.data.div_(model.config.num_hidden_layers**0.5)
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight)
     return model
 
 
@@ -50,27 +48,13 @@ def checkpoint(request, tmp_path_factory):
     return request.param, path, ids
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    store = tmp_path_factory.mktemp("store") / "file"
-    torch.distributed.init_process_group("nccl", init_method=f"file://{store}", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
-    yield
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
-
-
 def transformers_run(path, ids, dtype):
     """Logits, loss and gradients of transformers in train mode, where it uses the fused kernels."""
     model = FalconH1ForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa").cuda().train()
     out = model(input_ids=ids, labels=ids)
     out.loss.backward()
     gradients = {name: parameter.grad.float().cpu() for name, parameter in model.named_parameters()}
-    return out.logits.detach().float().cpu(), out.loss.item(), gradients
+    return out.logits.detach().float(), out.loss.item(), gradients
 
 
 def megatron_run(path, ids, dtype, **fields):
@@ -79,14 +63,15 @@ def megatron_run(path, ids, dtype, **fields):
     bridge = AutoBridge.from_hf_pretrained(path)
     provider = bridge.to_megatron_provider()
     provider.params_dtype, provider.bf16 = dtype, dtype == torch.bfloat16
+    provider.transformer_impl = "transformer_engine"
+    provider.gradient_accumulation_fusion = False  # no DDP here, so no main_grad to accumulate into
     for name, value in fields.items():
         setattr(provider, name, value)
     provider.finalize()
     model = provider.provide_distributed_model(wrap_with_ddp=False)
     positions = torch.arange(SEQUENCE, device="cuda")[None].expand(BATCH, -1)
-    vocab = provider.vocab_size
     with torch.no_grad():
-        logits = model[0](ids, positions, None)[..., :vocab].float().cpu()
+        logits = model[0](ids, positions, None)[..., : provider.vocab_size].float()
     loss = model[0](ids, positions, None, labels=ids.roll(-1, 1))[:, :-1].float().mean()
     loss.backward()
     for parameter in model[0].parameters():
@@ -100,10 +85,10 @@ def megatron_run(path, ids, dtype, **fields):
 def compare(ours, theirs) -> dict[str, float]:
     (logits, loss, gradients), (hf_logits, hf_loss, hf_gradients) = ours, theirs
     assert gradients.keys() == hf_gradients.keys()
-    flat, hf_flat = logits.double().flatten(), hf_logits.double().flatten()
+    flat, hf_flat = logits.flatten().double(), hf_logits.flatten().double()
     return {
         "max_rel_logit_diff": ((logits - hf_logits).abs().max() / hf_logits.abs().max()).item(),
-        "cosine": torch.nn.functional.cosine_similarity(flat, hf_flat, dim=0).item(),
+        "cosine": (flat @ hf_flat / (flat.norm() * hf_flat.norm())).item(),
         "agreement": (logits.argmax(-1) == hf_logits.argmax(-1)).double().mean().item(),
         "loss": loss,
         "loss_diff": abs(loss - hf_loss),
@@ -113,32 +98,31 @@ def compare(ours, theirs) -> dict[str, float]:
     }
 
 
-def report(size: str, case: str, result: dict[str, float]) -> None:
-    line = json.dumps({"size": size, "case": case, **result})
-    print(line)
-    if "OUT" in os.environ:
-        with open(os.path.join(os.environ["OUT"], "parity.jsonl"), "a") as log:
-            log.write(line + "\n")
-
-
-def test_against_transformers(checkpoint):
+def test_against_transformers(checkpoint, report):
     size, path, ids = checkpoint
-    cases = {}
-    for case, run, dtype, fields in (
-        ("hf fp32", transformers_run, torch.float32, {}),
-        ("te fp32", megatron_run, torch.float32, {"transformer_impl": "transformer_engine"}),
-        ("hf bf16", transformers_run, torch.bfloat16, {}),
-        ("te bf16", megatron_run, torch.bfloat16, {"transformer_impl": "transformer_engine"}),
-    ):
-        cases[case] = run(path, ids, dtype, **fields)
-        gc.collect()
-        torch.cuda.empty_cache()
-    pairs = {
-        f"{a} vs {b}": compare(cases[a], cases[b])
-        for a, b in (("te fp32", "hf fp32"), ("te bf16", "hf bf16"), ("te bf16", "hf fp32"), ("hf bf16", "hf fp32"))
-    }
-    for name, result in pairs.items():
-        report(size, name, result)
-    fp32, bf16 = pairs["te fp32 vs hf fp32"], pairs["te bf16 vs hf bf16"]
-    assert fp32["cosine"] > 0.999999
-    assert bf16["cosine"] >= 0.9999
+    runs = {}
+    results = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for system, run in (("transformers", transformers_run), ("ours", megatron_run)):
+            runs[system, name] = run(path, ids, dtype)
+            gc.collect()
+            torch.cuda.empty_cache()
+        results[name] = compare(runs["ours", name], runs["transformers", name])
+        report(size=size, dtype=name, **results[name])
+    runs["ours, fp32 residual", "bfloat16"] = megatron_run(path, ids, torch.bfloat16, fp32_residual_connection=True)
+    truth = runs["transformers", "float32"]
+    for system in ("ours", "transformers", "ours, fp32 residual"):
+        results[system] = compare(runs[system, "bfloat16"], truth)
+        report(size=size, pair=f"{system} bf16 vs transformers fp32", **results[system])
+    # both run the scan's and Transformer Engine's fp32 products in tf32
+    assert results["float32"]["cosine"] > 0.999999
+    assert results["float32"]["loss_diff"] < 1e-4
+    # a bf16 residual stream of 36 and 66 layers leaves each run at cosine 0.9999 and 0.9998 of the fp32 truth, so two
+    # runs cannot agree better with each other; rounding must not cost more than it costs transformers
+    assert results["bfloat16"]["cosine"] >= 0.9997
+    assert results["bfloat16"]["agreement"] >= 0.99
+    assert 1 - results["ours"]["cosine"] < 1.2 * (1 - results["transformers"]["cosine"])
+    # with the residual stream in fp32, as TII trains
+    assert results["ours, fp32 residual"]["cosine"] >= 0.9999
+    assert results["ours, fp32 residual"]["agreement"] >= 0.99

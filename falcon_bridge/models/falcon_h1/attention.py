@@ -115,7 +115,7 @@ class TorchDotProductAttention(MegatronModule):
 
 
 def document_lengths(packed_seq_params: PackedSeqParams, total: int) -> list[int]:
-    """Lengths of the documents of a packed row of `total` tokens; what follows the last border is one more document."""
+    """Lengths of the documents of a packed row of `total` tokens; what follows the last border is one more."""
     borders = packed_seq_params.cu_seqlens_q_padded
     if borders is None:
         borders = packed_seq_params.cu_seqlens_q

@@ -105,7 +105,7 @@ class FalconH1Bridge(MegatronModelBridge):
 
     @classmethod
     def megatron_to_hf_config(cls, provider: FalconH1ModelProvider) -> dict[str, Any]:
-        """Fields of the FalconH1Config of a model that has no Hugging Face source; see `hf_config.hf_config_fields`."""
+        """Fields of the FalconH1Config of a model without a Hugging Face source; see `hf_config.hf_config_fields`."""
         return {**hf_config_fields(provider), "architectures": [cls.SOURCE_NAME], "model_type": cls.MODEL_TYPE}
 
     def maybe_modify_converted_hf_weight(self, task, converted_weights_dict, hf_state_dict) -> dict[str, torch.Tensor]:

@@ -51,9 +51,7 @@ def backend_for(config) -> Backend:
     """
     if config.transformer_impl == "local":
         local = LocalSpecProvider()
-        return Backend(
-            local.column_parallel_linear(), local.row_parallel_linear(), RMSNorm, TorchDotProductAttention
-        )
+        return Backend(local.column_parallel_linear(), local.row_parallel_linear(), RMSNorm, TorchDotProductAttention)
     if config.transformer_impl != "transformer_engine":
         raise ValueError(
             f"transformer_impl={config.transformer_impl!r} is not supported: use 'transformer_engine' or 'local'"

@@ -77,9 +77,7 @@ def falcon_h1_multipliers(
         if value <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
     if num_attention_heads < 0 or d_ssm < 0:
-        raise ValueError(
-            f"num_attention_heads and d_ssm must not be negative, got {num_attention_heads} and {d_ssm}"
-        )
+        raise ValueError(f"num_attention_heads and d_ssm must not be negative, got {num_attention_heads} and {d_ssm}")
     attention_width = num_attention_heads * head_dim
     return FalconH1Multipliers(
         embedding_multiplier=sqrt(32),

@@ -1,4 +1,4 @@
-"""RMSNorm without Transformer Engine, and the gated norm of the SSM branch whose groups may span tensor-parallel ranks."""
+"""RMSNorm without Transformer Engine, and the SSM branch's gated norm, whose groups may span tensor-parallel ranks."""
 
 import torch
 from megatron.core.tensor_parallel.mappings import (
@@ -23,7 +23,8 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def __init__(self, config, hidden_size: int, eps: float = 1e-5):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=torch.cuda.current_device())
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         self.weight.sequence_parallel = config.sequence_parallel
 
 

@@ -51,9 +51,7 @@ def _checked(pattern: str, num_layers: int) -> str:
     for position, symbol in enumerate(pattern):
         if symbol not in SYMBOLS:
             known = ", ".join(f"{s!r} {meaning}" for s, meaning in SYMBOLS.items())
-            raise ValueError(
-                f"layer_pattern has {symbol!r} at layer {position + 1}; the symbols are {known}"
-            )
+            raise ValueError(f"layer_pattern has {symbol!r} at layer {position + 1}; the symbols are {known}")
     if len(pattern) != num_layers:
         raise ValueError(
             f"layer_pattern has {len(pattern)} symbols but the model has {num_layers} layers: one symbol a layer"
@@ -78,7 +76,7 @@ def spread(ratios: Mapping[str, float], num_layers: int) -> str:
     Raises:
         ValueError: If a ratio is negative or they do not add up to 1.
     """
-    if any(ratio < 0 for ratio in ratios.values()) or abs(sum(ratios.values()) - 1) > 1e-6:
+    if any(ratio < 0 for ratio in ratios.values()) or not abs(sum(ratios.values()) - 1) <= 1e-6:
         shown = ", ".join(f"{symbol}={ratio:g}" for symbol, ratio in ratios.items())
         raise ValueError(f"layer ratios must not be negative and must add up to 1, got {shown}")
     exact = {symbol: ratio * num_layers for symbol, ratio in ratios.items()}

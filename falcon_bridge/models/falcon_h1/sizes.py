@@ -15,6 +15,16 @@ from falcon_bridge.models.falcon_h1.provider import FalconH1ModelProvider
 class _SizedProvider(FalconH1ModelProvider):
     """Sets the multipliers of the class's shape, unless they are given."""
 
+    embedding_multiplier: float | None = None
+    lm_head_multiplier: float | None = None
+    key_multiplier: float | None = None
+    attention_in_multiplier: float | None = None
+    attention_out_multiplier: float | None = None
+    ssm_in_multiplier: float | None = None
+    ssm_out_multiplier: float | None = None
+    mlp_multipliers: tuple[float, float] | None = None
+    ssm_multipliers: tuple[float, float, float, float, float] | None = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         law = falcon_h1_multipliers(
@@ -26,7 +36,7 @@ class _SizedProvider(FalconH1ModelProvider):
             d_state=self.mamba_state_dim,
         )
         for name, value in law.as_dict().items():
-            if getattr(self, name) == FalconH1ModelProvider.__dataclass_fields__[name].default:
+            if getattr(self, name) is None:
                 setattr(self, name, value)
 
 

@@ -25,8 +25,8 @@ class FalconH1MambaMixer(MambaMixer):
     - The gated norm honours `layernorm_epsilon`, normalises over its true group when a group spans tensor-parallel
       ranks, and can be absent (`gated_norm=False`).
     - More tensor-parallel ranks than groups: the parent is built with pseudo-groups, one a rank, whose product with
-      the state size is unchanged, so widths, checkpoints and weight mappings stay those of the parent; `GatheredGroups`
-      gives the kernels the true groups.
+      the state size is unchanged, so widths, checkpoints and weight mappings stay those of the parent;
+      `GatheredGroups` gives the kernels the true groups.
     - `A_log`, `D` and `dt_bias` stay in fp32 under bf16.
     - Without mamba-ssm (or with `ssm_backend="torch"`) the scan is the pure-torch one of `falcon_bridge.ops`.
 

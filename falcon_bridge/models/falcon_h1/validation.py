@@ -85,4 +85,9 @@ def _check_parallel_layout(config) -> None:
 
 def _divisors(config) -> list[int]:
     widths = [w for w in (config.num_attention_heads, config.mamba_num_heads, config.ffn_hidden_size) if w]
-    return [tp for tp in range(1, max(widths) + 1) if all(width % tp == 0 for width in widths)][:8]
+    groups = [g for g in (config.num_query_groups if config.num_attention_heads else 0, config.mamba_num_groups) if g]
+    return [
+        tp
+        for tp in range(1, max(widths) + 1)
+        if all(width % tp == 0 for width in widths) and all(g % tp == 0 or tp % g == 0 for g in groups)
+    ][:8]
