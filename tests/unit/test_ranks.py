@@ -1,0 +1,87 @@
+import os
+import signal
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from falcon_bridge.errors import JobError, UserError
+from falcon_bridge.ranks import emit, run_ranks
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _sum(scale: float) -> tuple[int, torch.Tensor]:
+    value = torch.tensor([1.0 + dist.get_rank(), scale])
+    dist.all_reduce(value)
+    return os.getpid(), value
+
+
+def test_collective_results_come_back_by_rank():
+    results = run_ranks(_sum, 3, 2.5, device="cpu")
+    assert len({pid for pid, _ in results}) == 3 and os.getpid() not in {pid for pid, _ in results}
+    for _, value in results:
+        assert value.tolist() == [6.0, 7.5]
+
+
+def _emitting():
+    for step in range(3):
+        emit((os.environ["RANK"], step))
+
+
+def test_events_arrive_in_order_before_the_result():
+    events = []
+    run_ranks(_emitting, 2, device="cpu", on_event=lambda rank, event: events.append((rank, *event)))
+    for rank in range(2):
+        assert [event for event in events if event[0] == rank] == [(rank, str(rank), step) for step in range(3)]
+
+
+def _fail(kind: str, pids: str):
+    with open(f"{pids}/{dist.get_rank()}", "w") as file:
+        file.write(str(os.getpid()))
+    dist.barrier()
+    if dist.get_rank() == 1:
+        if kind == "value":
+            raise ValueError("shape [3, 4]\n   is wrong")
+        if kind == "user":
+            raise UserError("use --tp 2")
+        if kind == "interrupt":
+            raise KeyboardInterrupt
+        if kind == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(7)
+    if dist.get_rank() == 0:
+        dist.barrier()  # fails when its peer goes, after the cause
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "text"),
+    [
+        ("value", JobError, "rank 1 of 3: ValueError: shape [3, 4] is wrong"),
+        ("user", UserError, "use --tp 2"),
+        ("interrupt", KeyboardInterrupt, ""),
+        ("killed", JobError, "rank 1 of 3: killed by SIGKILL: probably out of memory"),
+        ("exit", JobError, "rank 1 of 3: ended with status 7 and no result"),
+    ],
+)
+def test_first_failure_is_raised_and_every_rank_is_gone(kind, error, text, tmp_path, monkeypatch):
+    monkeypatch.setattr("falcon_bridge.ranks._TERMINATE_GRACE_SECONDS", 0.2)
+    with pytest.raises(error) as caught:
+        run_ranks(_fail, 3, kind, str(tmp_path), device="cpu")
+    assert str(caught.value) == text
+    pids = [int(path.read_text()) for path in tmp_path.iterdir()]
+    assert len(pids) == 3 and not any(_alive(pid) for pid in pids)
+
+
+def test_bad_world_size():
+    with pytest.raises(UserError, match="at least 1"):
+        run_ranks(_sum, 0, 1.0)
