@@ -54,6 +54,26 @@ PRIVATE: dict[str, Private] = {
     "MambaMixer._ssm_training": Private(
         "megatron.core.ssm.mamba_mixer:MambaMixer._ssm_training", "mamba-ssm's fused convolution and scan"
     ),
+    "GPTModel._preprocess": Private(
+        "megatron.core.models.gpt.gpt_model:GPTModel.forward",
+        "FalconH1Model overrides it to scale the token embeddings",
+        mentions="_preprocess",
+    ),
+    "GPTModel._postprocess": Private(
+        "megatron.core.models.gpt.gpt_model:GPTModel.forward",
+        "FalconH1Model overrides it to scale the hidden state before the head",
+        mentions="_postprocess",
+    ),
+    "GPTModel._scale_logits": Private(
+        "megatron.core.models.gpt.gpt_model:GPTModel._postprocess",
+        "FalconH1Model overrides it to mask the columns that pad the vocabulary",
+        mentions="_scale_logits",
+    ),
+    "MambaContextParallel._slice_conv_param": Private(
+        "megatron.core.ssm.mamba_context_parallel:MambaContextParallel.get_conv1d_weight",
+        "GatheredGroups overrides it to gather the conv parameters of B and C",
+        mentions="_slice_conv_param",
+    ),
     "_keep_in_float32_parameter_names": Private(
         "megatron.bridge.models.model_provider:_apply_mixed_precision_wrapper",
         "keeps A_log, D and dt_bias in fp32 when the model is cast to bf16",

@@ -180,7 +180,7 @@ class FalconH1ModelProvider(GPTModelProvider):
             post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pp_group)
         self._vp_stage = vp_stage
         if self.init_model_with_meta_device and self.transformer_impl == "local":
-            # Megatron's own layers name the current CUDA device, which beats the meta device, unless told to start on CPU
+            # Megatron's own layers name the current CUDA device, which beats meta, unless told to start on CPU
             self.use_cpu_initialization = True
         spec = self.transformer_layer_spec
         if not isinstance(spec, ModuleSpec):
