@@ -1,0 +1,209 @@
+"""The verbs ``convert import``, ``convert export`` and ``convert roundtrip``."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from falcon_bridge.cli.session import DebugOption, JsonOption, Session, session
+from falcon_bridge.errors import UserError
+
+
+if TYPE_CHECKING:
+    from falcon_bridge.verification.layout import ParallelLayout
+
+convert = typer.Typer(
+    name="convert", help="Convert checkpoints between Hugging Face and Megatron.", no_args_is_help=True
+)
+
+HF = Annotated[str, typer.Argument(metavar="HF", help="Hugging Face checkpoint directory, or a hub id.")]
+TP = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel size of the conversion.")]
+PP = Annotated[int, typer.Option("--pp", min=1, help="Pipeline-parallel size of the conversion.")]
+CP = Annotated[int, typer.Option("--cp", min=1, help="Context-parallel size of the conversion (GPU).")]
+SequenceParallel = Annotated[bool, typer.Option("--sequence-parallel", help="Sequence parallelism inside TP.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace the output directory where it exists.")]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Accept NaN, infinite or absurdly large (> 1e8) weights.")
+]
+_FORMATS = ("hf", "bitnet", "prequantized", "bf16")
+
+
+@convert.command("import")
+def import_(
+    hf: HF,
+    megatron_dir: Annotated[Path, typer.Argument(metavar="MEGATRON_DIR", help="Megatron checkpoint to make.")],
+    tp: TP = 1,
+    pp: PP = 1,
+    cp: CP = 1,
+    sequence_parallel: SequenceParallel = False,
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a Megatron checkpoint of a Hugging Face one.
+
+    The source is checked first: config, files, names and shapes of all tensors, values, and SHA-256 sums where it has
+    them. The result loads under any parallel layout; the layout given here is only that of the conversion.
+
+    [bold]Example[/bold]
+
+    falcon-bridge convert import tiiuae/Falcon-H1-0.5B-Base ./megatron/falcon-h1-0.5b
+    """
+    with session(json, debug) as current, _bars(current) as progress:
+        started = time.monotonic()
+        from falcon_bridge.conversion.importer import import_checkpoint
+
+        layout = _layout(tp, pp, cp, sequence_parallel)
+        source = import_checkpoint(
+            hf, megatron_dir, layout, force=force, allow_nonfinite=allow_nonfinite, progress=progress
+        )
+        result = {
+            "ok": True,
+            "source": str(source.path),
+            "megatron": str(megatron_dir),
+            "tensors": len(source.tensors),
+            "bytes": source.nbytes,
+            "checksums_verified": source.has_checksums,
+            "tokenizer": source.has_tokenizer,
+            "layout": layout.describe(),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        current.finish(result)
+    _say(json, f"imported {result['tensors']} tensors ({source.nbytes / 1e6:.1f} MB) to {megatron_dir}")
+    if not source.has_tokenizer:
+        _say(json, f"{source.path} has no tokenizer: training needs one, see `train --help`")
+
+
+@convert.command("export")
+def export(
+    megatron_dir: Annotated[Path, typer.Argument(metavar="MEGATRON_DIR", help="Megatron checkpoint, or an iter_*.")],
+    hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face checkpoint directory to make.")],
+    format: Annotated[str, typer.Option(help="hf; bitnet, prequantized and bf16 are for Falcon-Edge.")] = "hf",
+    tp: TP = 1,
+    pp: PP = 1,
+    cp: CP = 1,
+    sequence_parallel: SequenceParallel = False,
+    force: Force = False,
+    allow_nonfinite: AllowNonfinite = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a Hugging Face checkpoint of a Megatron one; stock transformers loads it.
+
+    [bold]Example[/bold]
+
+    falcon-bridge convert export ./megatron/falcon-h1-0.5b ./hf/falcon-h1-0.5b
+    """
+    with session(json, debug) as current, _bars(current) as progress:
+        started = time.monotonic()
+        _check_format(format)
+        from falcon_bridge.conversion.exporter import export_checkpoint
+
+        layout = _layout(tp, pp, cp, sequence_parallel)
+        exported = export_checkpoint(
+            megatron_dir, hf_dir, layout, force=force, allow_nonfinite=allow_nonfinite, progress=progress
+        )
+        current.finish(
+            {
+                "ok": True,
+                "megatron": str(megatron_dir),
+                "iteration": exported.iteration,
+                "hf": str(hf_dir),
+                "tensors": exported.tensors,
+                "bytes": exported.nbytes,
+                "config_from": exported.config_from,
+                "layout": layout.describe(),
+                "seconds": round(time.monotonic() - started, 1),
+            }
+        )
+    _say(json, f"exported {exported.tensors} tensors ({exported.nbytes / 1e6:.1f} MB) to {hf_dir}")
+
+
+@convert.command("roundtrip")
+def roundtrip(
+    hf: HF,
+    tp: TP = 1,
+    pp: PP = 1,
+    cp: CP = 1,
+    sequence_parallel: SequenceParallel = False,
+    work_dir: Annotated[
+        Path | None, typer.Option(help="Where to put the two copies; the system's temporary place by default.")
+    ] = None,
+    allow_nonfinite: AllowNonfinite = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Convert Hugging Face → Megatron → Hugging Face through files, and compare bit by bit.
+
+    Exit status 1 if any tensor or any field of config.json differs. The copies are removed.
+
+    [bold]Example[/bold]
+
+    falcon-bridge convert roundtrip ./my-falcon-h1 --tp 2
+    """
+    with session(json, debug) as current, _bars(current) as progress:
+        from falcon_bridge.conversion.roundtrip import round_trip
+
+        layout = _layout(tp, pp, cp, sequence_parallel)
+        comparison, seconds = round_trip(
+            hf, layout, work_dir=work_dir, allow_nonfinite=allow_nonfinite, progress=progress
+        )
+        current.finish(
+            {
+                "ok": comparison.ok,
+                "params_compared": comparison.params_compared,
+                "params_mismatched": len(comparison.mismatched),
+                "mismatched": comparison.mismatched,
+                "config_differences": comparison.config_differences,
+                "layout": layout.describe(),
+                "seconds": round(seconds, 1),
+            }
+        )
+        for name in comparison.mismatched[:20]:
+            current.show(f"[red]✗[/red] {name} differs")
+        for name, (before, after) in comparison.config_differences.items():
+            current.show(f"[red]✗[/red] config.json: {name} was {before!r}, is {after!r}")
+        same = comparison.params_compared - len(comparison.mismatched)
+        current.show(
+            f"{same} of {comparison.params_compared} tensors bit-exact, "
+            f"{len(comparison.config_differences)} fields of config.json differ"
+        )
+
+
+def _layout(tp: int, pp: int, cp: int, sequence_parallel: bool) -> "ParallelLayout":
+    from falcon_bridge.verification.layout import ParallelLayout
+
+    return ParallelLayout(tp=tp, pp=pp, cp=cp, sequence_parallel=sequence_parallel)
+
+
+def _check_format(name: str) -> None:
+    if name not in _FORMATS:
+        raise UserError(f"--format {name} is unknown: use one of {', '.join(_FORMATS)}")
+    if name != "hf":
+        raise UserError(
+            f"--format {name} is for Falcon-Edge (BitNet) models, which this version does not convert: use hf"
+        )
+
+
+def _say(json: bool, text: str) -> None:
+    typer.echo(text, err=json)
+
+
+@contextlib.contextmanager
+def _bars(current: Session) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each stage that reports itself; yields what it reports to."""
+    with current.progress() as progress:
+        first: Any = progress.add_task("preparing", total=1, note="importing Megatron takes up to 30 s")
+        tasks: dict[str, Any] = {}
+
+        def update(stage: str, done: int, total: int) -> None:
+            progress.update(first, completed=1, note="")
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total, note="")
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield update

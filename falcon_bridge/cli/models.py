@@ -1,0 +1,106 @@
+"""The verb ``models``: the sizes there are."""
+
+from typing import Any
+
+from falcon_bridge.cli.session import DebugOption, JsonOption, session
+
+
+def models(json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Show the released sizes: shape, parameters, context and the tensor-parallel sizes that their heads allow.
+
+    All figures come from the provider classes.
+
+    [bold]Example[/bold]
+
+    falcon-bridge models
+    """
+    with session(json, debug) as current:
+        with current.status("importing Megatron, up to 30 s"):
+            rows = [_row(name, provider) for name, provider in _providers()]
+        from rich.table import Table
+
+        table = Table(title="Falcon-H1")
+        columns = (
+            "provider",
+            "parameters",
+            "layers",
+            "hidden",
+            "MLP",
+            "attention heads",
+            "SSM heads",
+            "state",
+            "vocabulary",
+            "context",
+            "TP",
+        )
+        for column in columns:
+            table.add_column(column, justify="left" if column == "provider" else "right")
+        for row in rows:
+            table.add_row(
+                row["provider"],
+                f"{row['parameters'] / 1e9:.3f} B",
+                str(row["layers"]),
+                str(row["hidden_size"]),
+                str(row["ffn_hidden_size"]),
+                f"{row['attention_heads']} × {row['head_dim']} (KV {row['kv_heads']})",
+                f"{row['ssm_heads']} × {row['ssm_head_dim']}",
+                f"{row['ssm_groups']} × {row['ssm_state']}",
+                f"{row['vocab_size']:,}{' (tied)' if row['tied'] else ''}",
+                f"{row['context'] // 1024}k",
+                ", ".join(map(str, row["tp"])),
+            )
+        current.show(table)
+        current.finish({"ok": True, "models": rows})
+
+
+def _providers() -> list[tuple[str, Any]]:
+    import megatron.bridge  # noqa: F401 (before our providers)
+
+    from falcon_bridge.models.falcon_h1 import sizes
+    from falcon_bridge.models.falcon_h1.provider import FalconH1ModelProvider
+
+    classes = [
+        cls
+        for cls in vars(sizes).values()
+        if isinstance(cls, type) and issubclass(cls, FalconH1ModelProvider) and cls.__module__ == sizes.__name__
+    ]
+    return [(cls.__name__, cls()) for cls in classes if not cls.__name__.startswith("_")]
+
+
+def _row(name: str, provider: Any) -> dict[str, Any]:
+    from falcon_bridge.training.memory import count_parameters
+
+    return {
+        "provider": name,
+        "parameters": count_parameters(provider),
+        "layers": provider.num_layers,
+        "hidden_size": provider.hidden_size,
+        "ffn_hidden_size": provider.ffn_hidden_size,
+        "attention_heads": provider.num_attention_heads,
+        "kv_heads": provider.num_query_groups,
+        "head_dim": provider.kv_channels,
+        "ssm_heads": provider.mamba_num_heads,
+        "ssm_head_dim": provider.mamba_head_dim,
+        "ssm_groups": provider.mamba_num_groups,
+        "ssm_state": provider.mamba_state_dim,
+        "vocab_size": provider.vocab_size,
+        "tied": provider.share_embeddings_and_output_weights,
+        "context": provider.max_position_embeddings,
+        "tp": _tensor_parallel_sizes(provider),
+    }
+
+
+def _tensor_parallel_sizes(provider: Any) -> list[int]:
+    """Those that the provider itself accepts, up to the GPUs of a node and a bit."""
+    from falcon_bridge.models.falcon_h1.validation import check_supported
+
+    sizes = []
+    for tp in range(1, provider.num_attention_heads + 1):
+        provider.tensor_model_parallel_size = tp
+        try:
+            check_supported(provider)
+        except ValueError:
+            continue
+        sizes.append(tp)
+    provider.tensor_model_parallel_size = 1
+    return sizes

@@ -1,0 +1,121 @@
+"""Reading a checkpoint's config.json: the architecture, and every field that the model's shape or maths depend on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from falcon_bridge.errors import UserError, suggestion
+
+
+_NUMBER = (int, float)
+
+# field -> (type for a person, Python types); transformers would fill a missing one with the default of another model
+_FALCON_H1_FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "mamba_n_heads",
+            "mamba_n_groups",
+            "mamba_d_state",
+            "mamba_d_conv",
+            "mamba_chunk_size",
+            "max_position_embeddings",
+        ),
+        ("an integer", (int,)),
+    ),
+    **dict.fromkeys(("mamba_d_head",), ('an integer or "auto"', (int, str))),
+    **dict.fromkeys(("mamba_d_ssm", "head_dim"), ("an integer or null", (int, type(None)))),
+    **dict.fromkeys(
+        (
+            "rms_norm_eps",
+            "embedding_multiplier",
+            "lm_head_multiplier",
+            "key_multiplier",
+            "attention_in_multiplier",
+            "attention_out_multiplier",
+            "ssm_in_multiplier",
+            "ssm_out_multiplier",
+        ),
+        ("a number", _NUMBER),
+    ),
+    **dict.fromkeys(("mamba_rms_norm", "mamba_norm_before_gate", "mamba_conv_bias"), ("true or false", (bool,))),
+    **dict.fromkeys(("hidden_act",), ("a string", (str,))),
+}
+_FALCON_H1_LISTS = {"mlp_multipliers": 2, "ssm_multipliers": 5}
+_OPTIONAL = {"head_dim"}  # transformers 5 writes it only where it was given; the default is hidden_size / heads
+
+SUPPORTED_ARCHITECTURES = ("FalconH1ForCausalLM",)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """The config.json of a checkpoint directory, checked.
+
+    Raises:
+        UserError: it is not there or no JSON object; the architecture is not ours; a field that the model depends on
+            is missing or of the wrong type. The message names the file and the field.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise UserError(f"{directory} is not a Hugging Face checkpoint: it has no config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a JSON object: fetch it again")
+    _check_architecture(path, config)
+    _check_fields(path, config)
+    return config
+
+
+def _check_architecture(path: Path, config: dict[str, Any]) -> None:
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise UserError(f'{path} lacks "architectures": it should be ["{SUPPORTED_ARCHITECTURES[0]}"]')
+    if not any(name in SUPPORTED_ARCHITECTURES for name in architectures):
+        raise UserError(
+            f"{path} is of {', '.join(map(str, architectures))}, which falcon-bridge does not convert: "
+            f"give a checkpoint of {' or '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+
+
+def _check_fields(path: Path, config: dict[str, Any]) -> None:
+    for name, (what, types) in _FALCON_H1_FIELDS.items():
+        if name not in config:
+            if name in _OPTIONAL:
+                continue
+            raise _missing(path, name, config)
+        value = config[name]
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise UserError(f'{path}: "{name}" must be {what}, not {json.dumps(value)}')
+        if types in ((int,), (int, str), (int, type(None))) and isinstance(value, int) and value < 1:
+            raise UserError(f'{path}: "{name}" must be positive, not {value}')
+    for name, length in _FALCON_H1_LISTS.items():
+        if name not in config:
+            raise _missing(path, name, config)
+        value = config[name]
+        numbers = isinstance(value, list) and all(isinstance(x, _NUMBER) and not isinstance(x, bool) for x in value)
+        if not numbers or len(value) != length:
+            raise UserError(f'{path}: "{name}" must be a list of {length} numbers, not {json.dumps(value)}')
+    _check_rope(path, config)
+
+
+def _check_rope(path: Path, config: dict[str, Any]) -> None:
+    """Newer transformers write ``rope_parameters``, older ones ``rope_theta``."""
+    parameters = config.get("rope_parameters")
+    theta = parameters.get("rope_theta") if isinstance(parameters, dict) else config.get("rope_theta")
+    if theta is None:
+        raise _missing(path, "rope_theta", config)
+    if not isinstance(theta, _NUMBER) or isinstance(theta, bool) or theta <= 0:
+        raise UserError(f'{path}: "rope_theta" must be a positive number, not {json.dumps(theta)}')
+
+
+def _missing(path: Path, name: str, config: dict[str, Any]) -> UserError:
+    unknown = [key for key in config if key not in _FALCON_H1_FIELDS and key not in _FALCON_H1_LISTS]
+    hint = suggestion(name, unknown).replace("did you mean", "is it misspelt as")
+    return UserError(f'{path} lacks "{name}", without which the model would be another one{hint}')

@@ -1,0 +1,135 @@
+"""Hugging Face → Megatron."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from falcon_bridge.conversion.atomic import atomic_directory, check_target
+from falcon_bridge.conversion.hf_checkpoint import HFCheckpoint, check_checkpoint
+from falcon_bridge.conversion.megatron_checkpoint import keep_hf_source
+from falcon_bridge.errors import UserError
+from falcon_bridge.ranks import emit, run_ranks
+
+
+if TYPE_CHECKING:
+    from falcon_bridge.verification.layout import ParallelLayout
+
+Progress = Callable[[str, int, int], None]
+
+# the shards' own metadata, run_config.yaml, tokenizer: generous
+_OVERHEAD_BYTES = 16 * 2**20
+
+
+def import_checkpoint(
+    hf: str | Path,
+    target: str | Path,
+    layout: "ParallelLayout",
+    *,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> HFCheckpoint:
+    """Convert a Hugging Face checkpoint to a Megatron (torch_dist) checkpoint directory.
+
+    The result loads under any layout; `layout` is that of the conversion itself. Beside the shards it keeps
+    config.json and the tokenizer (``hf_source/``), so that `exporter.export_checkpoint` needs nothing else. Weights
+    keep the dtype that they have in the files.
+
+    Args:
+        hf: directory or hub id.
+        target: the Megatron checkpoint directory to make; it appears whole or not at all.
+        layout: ranks to convert on: processes over gloo on CPU, one a GPU otherwise.
+        force: replace `target`.
+        allow_nonfinite: accept NaN, infinite and absurdly large weights.
+        progress: called with a stage's name, steps done and steps in all.
+
+    Returns:
+        The checked source.
+
+    Raises:
+        UserError: the source, the target or the layout cannot be used.
+        JobError: the conversion failed.
+    """
+    from falcon_bridge.conversion.runtime import preload
+
+    check_target(target, force=force)
+    source = check_with_progress(hf, allow_nonfinite=allow_nonfinite, progress=progress)
+    if source.path.resolve().is_relative_to(Path(target).resolve()):
+        raise UserError(f"{target} holds the source {source.path}: choose another output directory")
+    check_layout(source.path, layout)
+    with atomic_directory(target, force=force, bytes_needed=source.nbytes + _OVERHEAD_BYTES) as partial:
+        preload()
+        run_ranks(
+            _import_on_rank,
+            layout.world_size,
+            source.path,
+            partial,
+            layout,
+            _storage_dtype(source),
+            source.has_tokenizer,
+            on_event=lambda rank, event: progress(*event),
+        )
+        dtypes = {name: info.dtype for name, info in source.tensors.items()}
+        keep_hf_source(partial, source.companions(), dtypes)
+    return source
+
+
+def check_with_progress(hf: str | Path, *, allow_nonfinite: bool, progress: Progress) -> HFCheckpoint:
+    """`check_checkpoint` that reports each tensor it read as progress."""
+    checked = check_checkpoint(hf, values=False)
+    done = 0
+
+    def count(name: str) -> None:
+        nonlocal done
+        done += 1
+        progress("checking", done, len(checked.tensors))
+
+    return check_checkpoint(checked.path, allow_nonfinite=allow_nonfinite, progress=count)
+
+
+def check_layout(config_dir: Path, layout: "ParallelLayout") -> None:
+    """Refuse a layout that the model of a config.json cannot have; cheap.
+
+    Raises:
+        UserError: with the sizes that it can have.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # a length and a batch that suit any layout: a conversion has neither
+    seq_length = 2 * math.lcm(layout.cp, layout.tp)
+    config = AutoConfig.from_pretrained(config_dir)
+    layout.check(config, seq_length=seq_length, batch_size=layout.dp * layout.pp, device=device)
+
+
+def _storage_dtype(source: HFCheckpoint) -> str:
+    """The dtype of the Megatron model: that of the files, the widest where they mix."""
+    dtypes = {info.dtype for info in source.tensors.values()}
+    unknown = dtypes - {"F32", "BF16", "F16"}
+    if unknown:
+        raise UserError(f"{source.path} stores {', '.join(sorted(unknown))} tensors: save it in float32 or bfloat16")
+    if "F16" in dtypes:
+        raise UserError(f"{source.path} stores float16, which overflows in Falcon-H1: save it in bfloat16 or float32")
+    return "F32" if "F32" in dtypes else "BF16"
+
+
+def _import_on_rank(source: Path, target: Path, layout: "ParallelLayout", dtype: str, has_tokenizer: bool) -> None:
+    import torch.distributed as dist
+    from megatron.bridge import AutoBridge
+
+    from falcon_bridge.conversion.runtime import DTYPES, conversion_rank, prepare_provider
+
+    with conversion_rank() as device:
+        emit(("converting", 0, 3))
+        bridge = AutoBridge.from_hf_pretrained(source)
+        provider = prepare_provider(bridge, layout, DTYPES[dtype], load_weights=True)
+        emit(("converting", 1, 3))
+        model = provider.provide_distributed_model(
+            wrap_with_ddp=False, use_cpu_initialization=device.type == "cpu", data_parallel_random_init=False
+        )
+        emit(("converting", 2, 3))
+        bridge.save_megatron_model(model, target, hf_tokenizer_path=source if has_tokenizer else None)
+        dist.barrier()
+        emit(("converting", 3, 3))

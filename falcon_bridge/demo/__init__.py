@@ -1,0 +1,1 @@
+"""The main job at CPU scale: text, tokenizer, checkpoint, import, training, resume, export, proof."""

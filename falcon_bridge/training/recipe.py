@@ -1,0 +1,150 @@
+"""A recipe with what the user asked for on top: overrides, a model from Hugging Face."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from falcon_bridge.errors import UserError, one_line, suggestion
+
+
+def load_recipe(name: str) -> Any:
+    """The ``ConfigContainer`` of the recipe `name` of `falcon_bridge.recipes`.
+
+    Raises:
+        UserError: there is no such recipe; the message has the closest one.
+    """
+    from falcon_bridge import recipes
+
+    known = list(recipes.RECIPES)
+    if name not in known:
+        # the suffix is the same for all and would make any name look close
+        short = {key.removesuffix("_config"): key for key in known}
+        hint = suggestion(name.removesuffix("_config"), short)
+        for abbreviated, full in short.items():
+            hint = hint.replace(f"'{abbreviated}'", f"'{full}'")
+        raise UserError(f"unknown recipe '{name}'{hint or ': `falcon-bridge recipes` lists them'}")
+    return getattr(recipes, name)()
+
+
+def apply_overrides(cfg: Any, overrides: Iterable[str]) -> Any:
+    """Apply ``key.sub=value`` overrides in Hydra's syntax to a recipe.
+
+    Args:
+        cfg: a ``ConfigContainer``; changed in place.
+        overrides: as on the command line; ``model.num_layers=8``, ``~key`` and ``+key=value`` as in Hydra.
+
+    Returns:
+        `cfg`.
+
+    Raises:
+        UserError: not ``key=value``, an unknown key (with the closest one), or a value of the wrong type.
+    """
+    from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
+
+    overrides = list(overrides)
+    before = {}
+    for override in overrides:
+        key, separator, _ = override.lstrip("+~").partition("=")
+        if not separator and not override.startswith("~"):
+            raise UserError(f"'{override}' is not an override: write key.sub=value, as in train.train_iters=100")
+        before[key] = _lookup(cfg, key)
+    try:
+        cfg = process_config_with_overrides(cfg, cli_overrides=overrides)
+    except OverridesError as error:
+        raise UserError(f"the overrides cannot be applied ({one_line(error)}): check {' '.join(overrides)}") from error
+    for key, old in before.items():
+        _check_type(key, old, _lookup(cfg, key))
+    _sync_seq_length(cfg, before)
+    return cfg
+
+
+def _lookup(cfg: Any, key: str) -> Any:
+    """The value at a dotted key of nested dataclasses and dictionaries."""
+    value, path = cfg, []
+    for part in key.split("."):
+        known = _keys(value)
+        if part not in known:
+            hint = suggestion(part, known)
+            if hint:
+                closest = hint.split("'")[1]
+                hint = f": did you mean '{'.'.join([*path, closest])}'?"
+            where = f"; {'.'.join(path)} has {', '.join(sorted(known)[:8])} …" if path and known else ""
+            top = f": the top-level keys are {', '.join(sorted(known))}" if not path else where
+            raise UserError(f"unknown override key '{key}'{hint or top}")
+        value = value[part] if isinstance(value, dict) else getattr(value, part)
+        path.append(part)
+    return value
+
+
+def _keys(value: Any) -> list[str]:
+    if dataclasses.is_dataclass(value):
+        return [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
+    return [str(key) for key in value] if isinstance(value, dict) else []
+
+
+def _check_type(key: str, old: Any, new: Any) -> None:
+    """Hydra's values are untyped here: refuse what cannot be meant."""
+    if new is None or not isinstance(old, int | float):
+        return
+    if isinstance(old, bool):
+        fits, name = isinstance(new, bool), "true or false"
+    elif isinstance(old, int):
+        fits, name = isinstance(new, int) and not isinstance(new, bool), "an integer"
+    else:
+        fits, name = isinstance(new, int | float) and not isinstance(new, bool), "a number"
+    if not fits:
+        raise UserError(f"{key} must be {name}, not {new!r}")
+
+
+def _sync_seq_length(cfg: Any, overridden: Iterable[str]) -> None:
+    """Model and data have a sequence length each; whoever sets one means both."""
+    if "model.seq_length" in overridden and "dataset.seq_length" not in overridden:
+        cfg.dataset.seq_length = cfg.model.seq_length
+    cfg.model.seq_length = cfg.model.seq_length if cfg.dataset is None else cfg.dataset.seq_length
+
+
+def use_hf_model(cfg: Any, hf: str | Path, *, pretrained: str | Path | None = None) -> None:
+    """Train the model of a Hugging Face checkpoint, from its weights and with its tokenizer.
+
+    The recipe's layout, sequence length and precision stay.
+
+    Args:
+        cfg: a ``ConfigContainer``; changed in place.
+        hf: the checkpoint's directory.
+        pretrained: where the weights come from: a Megatron checkpoint, or `hf` itself where None.
+
+    Raises:
+        UserError: the model is not supported.
+    """
+    from megatron.bridge import AutoBridge
+
+    bridge = AutoBridge.from_hf_pretrained(hf)
+    try:
+        model = bridge.to_megatron_provider(load_weights=False)
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    recipe = cfg.model
+    kept = (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "virtual_pipeline_model_parallel_size",
+        "context_parallel_size",
+        "sequence_parallel",
+        "num_layers_in_first_pipeline_stage",
+        "num_layers_in_last_pipeline_stage",
+        "pipeline_model_parallel_layout",
+        "seq_length",
+        "make_vocab_size_divisible_by",
+        "recompute_granularity",
+        "recompute_method",
+        "recompute_num_layers",
+        "recompute_modules",
+    )
+    for name in kept:
+        setattr(model, name, getattr(recipe, name))
+    cfg.model = model
+    cfg.checkpoint.pretrained_checkpoint = str(pretrained or hf)
+    cfg.tokenizer.tokenizer_type = "HuggingFaceTokenizer"
+    cfg.tokenizer.tokenizer_model = str(hf)
+    cfg.tokenizer.vocab_size = None

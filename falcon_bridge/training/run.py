@@ -1,0 +1,112 @@
+"""Megatron Bridge's ``pretrain`` on the ranks of this machine, or as one rank of a launcher."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from falcon_bridge.compat import cpu_runtime
+from falcon_bridge.conversion.megatron_checkpoint import HF_SOURCE_NAME, copy_hf_source
+from falcon_bridge.errors import UserError
+from falcon_bridge.ranks import run_ranks
+
+
+def preload() -> None:
+    """Import what training needs, so that forked ranks find it there (12–30 s, once)."""
+    from megatron.bridge.training import gpt_step, pretrain  # noqa: F401
+
+    from falcon_bridge.conversion.runtime import preload as preload_conversion
+    from falcon_bridge.training import callbacks  # noqa: F401
+
+    preload_conversion()
+
+
+def launched_as_rank() -> bool:
+    """Whether a launcher such as torchrun started this process as one of its ranks."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def world_size(cfg: Any, processes: int | None = None) -> int:
+    """How many ranks to start here: `processes`, or every GPU, or on CPU as few as the layout takes.
+
+    Args:
+        cfg: a ``ConfigContainer``.
+        processes: what the user asked for.
+
+    Raises:
+        UserError: it is not a multiple of tensor · pipeline · context parallelism, or the recipe is not for this
+            machine.
+    """
+    import torch
+
+    model = cfg.model
+    parallel = (
+        model.tensor_model_parallel_size * model.pipeline_model_parallel_size * (model.context_parallel_size or 1)
+    )
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and cfg.dist.distributed_backend != "gloo":
+        raise UserError(
+            "this recipe is for GPUs and this machine has none: use falcon_h1_tiny_cpu_pretrain_config, or --dry-run"
+        )
+    number = processes or (torch.cuda.device_count() if on_gpu else parallel)
+    if number % parallel:
+        raise UserError(
+            f"{number} ranks cannot hold TP·PP·CP = {parallel}: use a multiple of it, or a smaller layout "
+            "(model.tensor_model_parallel_size and so on)"
+        )
+    batch, micro = cfg.train.global_batch_size, cfg.train.micro_batch_size
+    if batch % (micro * (number // parallel)):
+        raise UserError(
+            f"train.global_batch_size={batch} must be a multiple of train.micro_batch_size={micro} times the "
+            f"{number // parallel} data-parallel ranks"
+        )
+    return number
+
+
+def run_pretrain(
+    cfg: Any, processes: int | None = None, *, on_event: Callable[[int, Any], None] | None = None
+) -> None:
+    """Train as `cfg` says, with Megatron Bridge's own ``pretrain``; resumes where ``cfg.checkpoint.load`` has a run.
+
+    Each rank sends a `callbacks.StepReport` a step and an `EvalReport` a validation to `on_event`. The Hugging Face
+    files of an imported model (``hf_source/``) are handed on to ``cfg.checkpoint.save``, so that it exports alone.
+
+    Args:
+        cfg: a ``ConfigContainer``.
+        processes: number of ranks; see `world_size`.
+        on_event: called here as ``on_event(rank, report)``; not where a launcher started this process.
+
+    Raises:
+        UserError: the configuration cannot be used on this machine.
+        JobError: a rank failed.
+    """
+    if launched_as_rank():
+        _pretrain(cfg)
+        return
+    number = world_size(cfg, processes)
+    preload()
+    run_ranks(_pretrain, number, cfg, on_event=on_event)
+
+
+def _pretrain(cfg: Any) -> None:
+    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.pretrain import pretrain
+
+    from falcon_bridge.training.callbacks import StepReporter
+
+    if cfg.checkpoint.save and os.environ.get("RANK", "0") == "0":
+        _keep_hf_source(cfg)
+    with cpu_runtime():
+        try:
+            pretrain(cfg, forward_step, callbacks=[StepReporter()])
+        except SystemExit as stop:
+            # train.exit_interval and its like end the process once the checkpoint is written
+            if stop.code:
+                raise
+
+
+def _keep_hf_source(cfg: Any) -> None:
+    pretrained = cfg.checkpoint.pretrained_checkpoint
+    if pretrained:
+        root = Path(pretrained).parent if Path(pretrained).name.startswith("iter_") else Path(pretrained)
+        copy_hf_source(root / HF_SOURCE_NAME, Path(cfg.checkpoint.save))
