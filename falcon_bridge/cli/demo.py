@@ -13,7 +13,7 @@ from falcon_bridge.errors import UserError
 
 
 if TYPE_CHECKING:
-    from falcon_bridge.demo.job import DemoResult
+    from falcon_bridge.demo.result import DemoResult
 
 
 def demo(
@@ -44,7 +44,8 @@ def _run(current: Session, out: Path, seed: int, force: bool) -> "DemoResult":
     import shutil
 
     from falcon_bridge.conversion.atomic import check_target
-    from falcon_bridge.demo.job import DemoSettings, run_demo
+    from falcon_bridge.demo.job import run_demo
+    from falcon_bridge.demo.result import DemoSettings
 
     if not force and out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty: choose another --out, or replace it with --force")

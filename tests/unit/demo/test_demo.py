@@ -3,7 +3,8 @@ import json
 
 import pytest
 
-from falcon_bridge.demo.job import STAGES, DemoResult, DemoSettings, _check_training, run_demo
+from falcon_bridge.demo.job import STAGES, _check_training, run_demo
+from falcon_bridge.demo.result import DemoResult, DemoSettings
 from falcon_bridge.errors import JobError
 from falcon_bridge.training.callbacks import StepReport
 
