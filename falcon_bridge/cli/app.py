@@ -95,12 +95,13 @@ def _register() -> None:
     from falcon_bridge.cli.convert import convert
     from falcon_bridge.cli.demo import demo
     from falcon_bridge.cli.generate import generate
+    from falcon_bridge.cli.launch import launch
     from falcon_bridge.cli.models import models
     from falcon_bridge.cli.recipes import recipes
     from falcon_bridge.cli.train import train
     from falcon_bridge.cli.verify import verify
 
-    for verb in (demo, verify, train, generate, models, recipes):
+    for verb in (demo, verify, train, launch, generate, models, recipes):
         app.command()(verb)
     app.add_typer(convert)
 

@@ -9,7 +9,7 @@ import typer
 
 from falcon_bridge.cli.devices import cpu_only
 from falcon_bridge.cli.session import DebugOption, JsonOption, Session, session
-from falcon_bridge.errors import JobError, UserError, one_line
+from falcon_bridge.errors import JobError
 
 
 def train(
@@ -51,11 +51,15 @@ def train(
     devices = cpu_only() if "cpu" in recipe.split("_") else contextlib.nullcontext()
     with devices, session(json, debug, keep_logs=_launched()) as current:
         with current.status("importing Megatron, up to 30 s"):
-            cfg = _configure(recipe, overrides or [], dataset, hf_path)
+            from falcon_bridge.training.run import configure
+
+            cfg = configure(recipe, overrides or [], dataset, hf_path)
         if dry_run:
             current.finish(_dry_run(current, cfg, processes))
         else:
-            current.finish(_train(current, cfg, processes))
+            result = _train(current, cfg, processes)
+            if _first_rank():
+                current.finish(result)
 
 
 def _launched() -> bool:
@@ -63,24 +67,9 @@ def _launched() -> bool:
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
-def _configure(recipe: str, overrides: list[str], dataset: Path | None, hf_path: str | None) -> Any:
-    from falcon_bridge.training.dataset import check_dataset, use_dataset
-    from falcon_bridge.training.recipe import apply_overrides, load_recipe, use_hf_model
-
-    cfg = load_recipe(recipe)
-    if hf_path is not None:
-        from falcon_bridge.conversion.hf_checkpoint import check_checkpoint
-
-        use_hf_model(cfg, check_checkpoint(hf_path).path)
-    if dataset is not None:
-        use_dataset(cfg, dataset)
-    apply_overrides(cfg, overrides)
-    check_dataset(cfg)
-    try:
-        cfg.model.finalize()
-    except (ValueError, AssertionError) as error:
-        raise UserError(" ".join(str(error).split()) or one_line(error)) from error
-    return cfg
+def _first_rank() -> bool:
+    """Whether this process speaks for all ranks."""
+    return not _launched() or os.environ["RANK"] == "0"
 
 
 def _dry_run(current: Session, cfg: Any, processes: int | None) -> dict[str, Any]:
@@ -129,31 +118,43 @@ def _train(current: Session, cfg: Any, processes: int | None) -> dict[str, Any]:
     from falcon_bridge.training.run import run_pretrain
 
     started = time.monotonic()
-    if _launched():
-        run_pretrain(cfg)
-        return {"ok": True, "checkpoint": cfg.checkpoint.save, "seconds": round(time.monotonic() - started, 1)}
     steps: list[StepReport] = []
     evaluations: list[EvalReport] = []
-    with current.progress() as progress:
-        task = progress.add_task("train", total=cfg.train.train_iters, note="setting up")
 
-        def on_event(rank: int, event: Any) -> None:
-            if isinstance(event, EvalReport):
-                evaluations.append(event)
-            elif event.loss is not None and (not steps or event.iteration > steps[-1].iteration):
-                steps.append(event)
-                note = f"loss {event.loss:.4f}  lr {event.lr:.2e}"
-                progress.update(task, completed=event.iteration, note=note)
+    def keep(rank: int, event: Any) -> bool:
+        if isinstance(event, EvalReport):
+            evaluations.append(event)
+            return False
+        new = event.loss is not None and (not steps or event.iteration > steps[-1].iteration)
+        if new:
+            steps.append(event)
+        return new
 
-        run_pretrain(cfg, processes, on_event=on_event)
+    if _launched():  # Megatron's own log of the ranks is the progress
+        run_pretrain(cfg, on_event=keep)
+        if not _first_rank():
+            return {}
+    else:
+        with current.progress() as progress:
+            task = progress.add_task("train", total=cfg.train.train_iters, note="setting up")
+
+            def on_event(rank: int, event: Any) -> None:
+                if keep(rank, event):
+                    note = f"loss {event.loss:.4f}  lr {event.lr:.2e}"
+                    progress.update(task, completed=event.iteration, note=note)
+
+            run_pretrain(cfg, processes, on_event=on_event)
     if steps and steps[-1].loss != steps[-1].loss:
         raise JobError(f"the loss is not a number at step {steps[-1].iteration}: lower optimizer.lr")
     seconds = time.monotonic() - started
+    saved = f"; checkpoints in {cfg.checkpoint.save}" if cfg.checkpoint.save else ""
     if steps:
         current.show(
             f"steps {steps[0].iteration} to {steps[-1].iteration}: loss {steps[0].loss:.4f} → {steps[-1].loss:.4f} "
-            f"in {seconds:.1f} s; checkpoints in {cfg.checkpoint.save}"
+            f"in {seconds:.1f} s{saved}"
         )
+    elif _launched():
+        current.show(f"no step to report: done before, or stopped without a checkpoint{saved}")
     else:
         current.show(f"nothing to do: {cfg.checkpoint.load} has {cfg.train.train_iters} steps already")
     return {

@@ -1,13 +1,13 @@
 """Megatron Bridge's ``pretrain`` on the ranks of this machine, or as one rank of a launcher."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from falcon_bridge.compat import cpu_runtime
 from falcon_bridge.conversion.megatron_checkpoint import HF_SOURCE_NAME, copy_hf_source
-from falcon_bridge.errors import UserError
+from falcon_bridge.errors import UserError, one_line
 from falcon_bridge.ranks import run_ranks
 
 
@@ -16,7 +16,7 @@ def preload() -> None:
     from megatron.bridge.training import gpt_step, pretrain  # noqa: F401
 
     from falcon_bridge.conversion.runtime import preload as preload_conversion
-    from falcon_bridge.training import callbacks  # noqa: F401
+    from falcon_bridge.training import callbacks, launched  # noqa: F401
 
     preload_conversion()
 
@@ -24,6 +24,53 @@ def preload() -> None:
 def launched_as_rank() -> bool:
     """Whether a launcher such as torchrun started this process as one of its ranks."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def configure(
+    recipe: str,
+    overrides: Iterable[str] = (),
+    dataset: str | Path | None = None,
+    hf_path: str | None = None,
+    *,
+    files: bool = True,
+) -> Any:
+    """A recipe's ``ConfigContainer`` with all that the user asked for, checked.
+
+    Args:
+        recipe: its name.
+        overrides: ``key.sub=value`` in Hydra's syntax.
+        dataset: prefix of a ``.bin`` and ``.idx`` to train on.
+        hf_path: Hugging Face checkpoint to start from.
+        files: whether the files are on this machine; if not, `dataset` and `hf_path` are left aside, and the model
+            is checked only where it is the recipe's.
+
+    Raises:
+        UserError: something of this cannot be used; the message says what to change.
+    """
+    from falcon_bridge.training.dataset import check_dataset, use_dataset
+    from falcon_bridge.training.recipe import apply_overrides, load_recipe, use_hf_model
+
+    overrides = list(overrides)
+    cfg = load_recipe(recipe)
+    if files and hf_path is not None:
+        from falcon_bridge.conversion.hf_checkpoint import check_checkpoint
+
+        use_hf_model(cfg, check_checkpoint(hf_path).path)
+    if files and dataset is not None:
+        use_dataset(cfg, dataset)
+    if cfg.ft is None and any(override.startswith("ft.") for override in overrides):
+        from megatron.bridge.training.config import FaultToleranceConfig
+
+        cfg.ft = FaultToleranceConfig()
+    apply_overrides(cfg, overrides)
+    if files:
+        check_dataset(cfg)
+    if files or hf_path is None:
+        try:
+            cfg.model.finalize()
+        except (ValueError, AssertionError) as error:
+            raise UserError(" ".join(str(error).split()) or one_line(error)) from error
+    return cfg
 
 
 def world_size(cfg: Any, processes: int | None = None) -> int:
@@ -39,16 +86,29 @@ def world_size(cfg: Any, processes: int | None = None) -> int:
     """
     import torch
 
-    model = cfg.model
-    parallel = (
-        model.tensor_model_parallel_size * model.pipeline_model_parallel_size * (model.context_parallel_size or 1)
-    )
     on_gpu = torch.cuda.is_available()
     if not on_gpu and cfg.dist.distributed_backend != "gloo":
         raise UserError(
             "this recipe is for GPUs and this machine has none: use falcon_h1_tiny_cpu_pretrain_config, or --dry-run"
         )
-    number = processes or (torch.cuda.device_count() if on_gpu else parallel)
+    number = processes or (torch.cuda.device_count() if on_gpu else layout_size(cfg))
+    check_layout(cfg, number)
+    return number
+
+
+def layout_size(cfg: Any) -> int:
+    """Tensor · pipeline · context parallelism: how many ranks hold one copy of the model."""
+    model = cfg.model
+    return model.tensor_model_parallel_size * model.pipeline_model_parallel_size * (model.context_parallel_size or 1)
+
+
+def check_layout(cfg: Any, number: int) -> None:
+    """Raise where `number` ranks cannot hold the layout or share the batch of `cfg`.
+
+    Raises:
+        UserError: the message says what to change.
+    """
+    parallel = layout_size(cfg)
     if number % parallel:
         raise UserError(
             f"{number} ranks cannot hold TP·PP·CP = {parallel}: use a multiple of it, or a smaller layout "
@@ -60,7 +120,6 @@ def world_size(cfg: Any, processes: int | None = None) -> int:
             f"train.global_batch_size={batch} must be a multiple of train.micro_batch_size={micro} times the "
             f"{number // parallel} data-parallel ranks"
         )
-    return number
 
 
 def run_pretrain(
@@ -68,37 +127,42 @@ def run_pretrain(
 ) -> None:
     """Train as `cfg` says, with Megatron Bridge's own ``pretrain``; resumes where ``cfg.checkpoint.load`` has a run.
 
-    Each rank sends a `callbacks.StepReport` a step and an `EvalReport` a validation to `on_event`. The Hugging Face
+    Each rank sends a `callbacks.StepReport` a step and an `EvalReport` a validation to `on_event`. Where a launcher
+    started this process, it joins the launcher's ranks, and `on_event` gets the reports on rank 0, those of the last
+    rank, at each checkpoint and at the end; see `launched.LaunchedReporter`. The Hugging Face
     files of an imported model (``hf_source/``) are handed on to ``cfg.checkpoint.save``, so that it exports alone.
 
     Args:
         cfg: a ``ConfigContainer``.
         processes: number of ranks; see `world_size`.
-        on_event: called here as ``on_event(rank, report)``; not where a launcher started this process.
+        on_event: called here as ``on_event(rank, report)``.
 
     Raises:
         UserError: the configuration cannot be used on this machine.
         JobError: a rank failed.
     """
     if launched_as_rank():
-        _pretrain(cfg)
+        check_layout(cfg, int(os.environ["WORLD_SIZE"]))
+        _pretrain(cfg, on_event)
         return
     number = world_size(cfg, processes)
     preload()
     run_ranks(_pretrain, number, cfg, on_event=on_event)
 
 
-def _pretrain(cfg: Any) -> None:
+def _pretrain(cfg: Any, on_event: Callable[[int, Any], None] | None = None) -> None:
     from megatron.bridge.training.gpt_step import forward_step
     from megatron.bridge.training.pretrain import pretrain
 
     from falcon_bridge.training.callbacks import StepReporter
+    from falcon_bridge.training.launched import LaunchedReporter
 
+    reporter = StepReporter() if on_event is None else LaunchedReporter(on_event)
     if cfg.checkpoint.save and os.environ.get("RANK", "0") == "0":
         _keep_hf_source(cfg)
     with cpu_runtime():
         try:
-            pretrain(cfg, forward_step, callbacks=[StepReporter()])
+            pretrain(cfg, forward_step, callbacks=[reporter])
         except SystemExit as stop:
             # train.exit_interval and its like end the process once the checkpoint is written
             if stop.code:

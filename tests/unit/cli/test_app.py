@@ -17,6 +17,7 @@ VERBS = [
     ["convert", "import"],
     ["convert", "export"],
     ["convert", "roundtrip"],
+    ["launch"],
 ]
 PATCHED = "falcon_bridge.conversion.importer.import_checkpoint"
 
