@@ -54,7 +54,7 @@ $(STAMP): requirements/uv.txt requirements/dev.txt pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/falcon-bridge demo --out $(DEMO_OUT)
+	$(BIN)/falcon-bridge demo --out $(DEMO_OUT) --force
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
