@@ -10,9 +10,10 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,39 @@ def run_ranks(
                 receiver, sender = context.Pipe(duplex=False)
                 process = context.Process(target=_rank_main, args=(setup, rank, sender, fn, args, kwargs))
                 channels.append(receiver)
-                process.start()
-                processes.append(process)
+                with _deferred_interrupts():
+                    process.start()
+                    processes.append(process)
+                    # as the rank does itself, so that `_end` finds its group even if the rank has not come that far
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.setpgid(process.pid, process.pid)
                 sender.close()
             return _collect(processes, channels, on_event, on_tick)
         finally:
             _end(processes)
             for channel in channels:
                 channel.close()
+
+
+@contextlib.contextmanager
+def _deferred_interrupts() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back until the block ends: what a handler raises in an after-fork hook is discarded.
+
+    The handlers are replaced rather than the signals blocked, for a signal that the main thread blocks goes to another
+    thread and Python still runs its handler in the main one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers run in the main thread only
+        return
+    came: list[int] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [signal.raise_signal(signum) for signum in came])
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(signum)
+            if handler is not None:  # None: not set from Python, and nothing of Python to be raised
+                stack.callback(signal.signal, signum, handler)
+                signal.signal(signum, lambda number, frame: came.append(number))
+        yield
 
 
 @dataclass(frozen=True)
@@ -123,7 +149,9 @@ def _rank_main(setup: _RankSetup, rank: int, channel: Any, fn: Callable, args: t
     # reaches the parent only; and no rank outlives its parent
     os.setpgid(0, 0)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # a forked rank has the handlers of `_deferred_interrupts`
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _channel = channel
     try:
         with _environment(setup, rank):

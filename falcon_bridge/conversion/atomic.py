@@ -36,7 +36,7 @@ def atomic_directory(target: str | Path, *, force: bool = False, bytes_needed: i
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
         partial.chmod(0o777 & ~_umask())
         yield partial
-        _swap(partial, target)
+        _swap(partial, target, force)
     except BaseException:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
@@ -58,11 +58,17 @@ def check_target(target: str | Path, *, force: bool) -> None:
     if not force:
         raise UserError(f"{target} exists: choose another output directory, or replace it with --force")
     for kept in (Path.cwd(), Path.home()):
-        if kept.resolve().is_relative_to(target.resolve()):
+        if is_inside(kept, target):
             raise UserError(f"--force would remove {target}, which holds {kept}: choose another output directory")
 
 
-def _swap(partial: Path, target: Path) -> None:
+def is_inside(path: str | Path, directory: str | Path) -> bool:
+    """Whether `path` is `directory` or below it, links followed; link loops are taken as they are."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory))
+
+
+def _swap(partial: Path, target: Path, force: bool) -> None:
+    check_target(target, force=force)  # it may have been made meanwhile
     if not os.path.lexists(target):
         partial.rename(target)
         return

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from falcon_bridge.conversion.safetensors_files import read_headers
+from falcon_bridge.conversion.safetensors_files import EMBEDDING, TIED_HEAD, TensorInfo, read_headers, same_bits
 
 
 @dataclass(frozen=True)
@@ -30,25 +30,27 @@ class Comparison:
 def compare_checkpoints(first: Path, second: Path) -> Comparison:
     """Compare every tensor bit by bit, and config.json field by field.
 
+    An ``lm_head.weight`` stored beside the embedding that it is tied to, and equal to it, counts as not stored.
+
     Args:
         first: a Hugging Face checkpoint directory.
         second: another.
     """
-    import torch
-    from safetensors import safe_open
-
-    left, right = read_headers(first), read_headers(second)
+    left, right = _tensors(first), _tensors(second)
     mismatched = sorted(left.keys() ^ right.keys())
-    for name in sorted(left.keys() & right.keys()):
-        a, b = left[name], right[name]
-        if (a.dtype, a.shape) != (b.dtype, b.shape):
-            mismatched.append(name)
-            continue
-        with safe_open(a.file, "pt") as file_a, safe_open(b.file, "pt") as file_b:
-            bits = [f.get_tensor(name).reshape(-1).view(torch.uint8) for f in (file_a, file_b)]
-        if not torch.equal(*bits):
-            mismatched.append(name)
+    mismatched += [
+        name for name in sorted(left.keys() & right.keys()) if not same_bits(left[name], right[name], (name, name))
+    ]
     return Comparison(len(left.keys() | right.keys()), mismatched, _config_differences(first, second))
+
+
+def _tensors(directory: Path) -> dict[str, TensorInfo]:
+    tensors = read_headers(directory)
+    tied = json.loads((directory / "config.json").read_text()).get("tie_word_embeddings")
+    names = (TIED_HEAD, EMBEDDING)
+    if tied and tensors.keys() >= set(names) and same_bits(*(tensors[name] for name in names), names):
+        del tensors[TIED_HEAD]
+    return tensors
 
 
 def _config_differences(first: Path, second: Path) -> dict[str, tuple]:

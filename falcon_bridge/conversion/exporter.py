@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from falcon_bridge.conversion.atomic import atomic_directory, check_target
+from falcon_bridge.conversion.atomic import atomic_directory, check_target, is_inside
 from falcon_bridge.conversion.checksums import write_checksums
 from falcon_bridge.conversion.hf_checkpoint import check_checkpoint, expected_shapes
 from falcon_bridge.conversion.importer import Progress, check_layout
 from falcon_bridge.conversion.megatron_checkpoint import (
     MegatronCheckpoint,
     find_megatron_checkpoint,
+    reading_shards,
     source_dtypes,
     source_files,
 )
@@ -83,8 +84,10 @@ def export_checkpoint(
 
     check_target(target, force=force)
     source = find_megatron_checkpoint(megatron)
-    if source.root.resolve().is_relative_to(Path(target).resolve()):
+    if is_inside(source.root, target):
         raise UserError(f"{target} holds the checkpoint {source.root}: choose another output directory")
+    if any(is_inside(target, part) for part in (source.iteration_dir, source.hf_source) if part):
+        raise UserError(f"{target} is inside the checkpoint {source.root}: choose another output directory")
     preload()
     with _config_directory(source) as (config_dir, dtype):
         check_layout(config_dir, layout)
@@ -214,9 +217,10 @@ def _export_on_rank(
         bridge = AutoBridge.from_hf_config(config)
         provider = prepare_provider(bridge, layout, DTYPES[dtype], load_weights=False)
         provider.perform_initialization = False
-        model = build_and_load_model(
-            str(iteration_dir), provider, use_cpu_init=device.type == "cpu", skip_temp_dist_context=True
-        )
+        with reading_shards(iteration_dir):
+            model = build_and_load_model(
+                str(iteration_dir), provider, use_cpu_init=device.type == "cpu", skip_temp_dist_context=True
+            )
         # the bridge also gives a tied head, which checkpoints do not store
         tensors = (
             (name, tensor.to(DTYPES[dtypes[name]]))

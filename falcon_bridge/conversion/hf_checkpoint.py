@@ -8,12 +8,22 @@ from typing import Any
 
 from falcon_bridge.conversion.checksums import CHECKSUMS_NAME, verify_checksums
 from falcon_bridge.conversion.hf_config import read_config
-from falcon_bridge.conversion.safetensors_files import INDEX_NAME, TensorInfo, check_values, read_headers
+from falcon_bridge.conversion.safetensors_files import (
+    EMBEDDING,
+    INDEX_NAME,
+    TIED_HEAD,
+    TensorInfo,
+    check_dtypes,
+    check_values,
+    read_headers,
+    same_bits,
+)
 from falcon_bridge.errors import UserError, one_line
 
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _COMPANION_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".md"}
 
 
@@ -24,7 +34,7 @@ class HFCheckpoint:
     Attributes:
         path: its directory.
         config: config.json as it is written there.
-        tensors: by name, from the files' headers.
+        tensors: by name, from the files' headers; without a stored copy of a tied head.
         has_checksums: whether the files were compared with SHA-256 sums.
     """
 
@@ -59,8 +69,12 @@ def resolve_checkpoint(name: str | Path) -> Path:
         UserError: neither; or the download failed.
     """
     path = Path(name)
+    if not str(name).strip():
+        raise UserError("the checkpoint's name is empty: give a Hugging Face checkpoint directory or a hub id")
     if path.is_dir():
         return path
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link that leads nowhere: correct it or give the directory itself")
     if path.exists():
         raise UserError(f"{path} is a file: give the checkpoint's directory")
     if not _HUB_ID.fullmatch(str(name)) or path.is_absolute():
@@ -98,11 +112,20 @@ def check_checkpoint(
     path = resolve_checkpoint(name)
     config = read_config(path)
     tensors = read_headers(path)
+    check_dtypes(path, tensors)
+    _check_sizes(path, config, tensors)
     check_shapes(path, config, tensors)
     has_checksums = False
     if values:
         has_checksums = verify_checksums(path)
         check_values(tensors, allow_nonfinite=allow_nonfinite, progress=progress)
+    if config.get("tie_word_embeddings") and TIED_HEAD in tensors:
+        if values and not same_bits(tensors[TIED_HEAD], tensors[EMBEDDING], (TIED_HEAD, EMBEDDING)):
+            raise UserError(
+                f"{path} ties {TIED_HEAD} to {EMBEDDING} (tie_word_embeddings), but stores a different {TIED_HEAD}: "
+                "set tie_word_embeddings to false in config.json, or fetch it again"
+            )
+        del tensors[TIED_HEAD]
     return HFCheckpoint(path, config, tensors, has_checksums)
 
 
@@ -129,6 +152,24 @@ def expected_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)
     return shapes
+
+
+def _check_sizes(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:
+    """Compare the depth and width of config.json with the files, before a model of an absurd size is built."""
+    layers = 1 + max((int(match[1]) for name in tensors if (match := _LAYER.match(name))), default=-1)
+    if layers != config["num_hidden_layers"]:
+        raise UserError(
+            f"{path}: the files have {layers} layers, but config.json asks for num_hidden_layers "
+            f"{config['num_hidden_layers']}: correct config.json or fetch the weights again"
+        )
+    if EMBEDDING not in tensors:
+        raise UserError(f"{path} lacks {EMBEDDING}: the files are not of the model in config.json")
+    found, expected = list(tensors[EMBEDDING].shape), [config["vocab_size"], config["hidden_size"]]
+    if found != expected:
+        raise UserError(
+            f"{path}: {EMBEDDING} has shape {found}, but config.json asks for {expected}: "
+            "correct config.json or fetch the weights again"
+        )
 
 
 def check_shapes(path: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]) -> None:

@@ -1,13 +1,15 @@
 """Reading a checkpoint's config.json: the architecture, and every field that the model's shape or maths depend on."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from falcon_bridge.errors import UserError, suggestion
+from falcon_bridge.errors import UserError, one_line, suggestion
 
 
 _NUMBER = (int, float)
+_MAX_INTEGER = 2**31 - 1
 
 # field -> (type for a person, Python types); transformers would fill a missing one with the default of another model
 _FALCON_H1_FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
@@ -64,11 +66,18 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory} is not a Hugging Face checkpoint: it has no config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}): fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({one_line(error)}): make it readable or fetch it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object: fetch it again")
     _check_architecture(path, config)
+    if config.get("quantization_config") is not None:
+        raise UserError(
+            f'{path} has a "quantization_config": quantised checkpoints are not supported, dequantise it first '
+            "(to float32 or bfloat16)"
+        )
     _check_fields(path, config)
     return config
 
@@ -95,6 +104,10 @@ def _check_fields(path: Path, config: dict[str, Any]) -> None:
             raise UserError(f'{path}: "{name}" must be {what}, not {json.dumps(value)}')
         if types in ((int,), (int, str), (int, type(None))) and isinstance(value, int) and value < 1:
             raise UserError(f'{path}: "{name}" must be positive, not {value}')
+        if types != _NUMBER and isinstance(value, int) and value > _MAX_INTEGER:
+            raise UserError(f'{path}: "{name}" is above {_MAX_INTEGER}, which no model has: correct it')
+        if isinstance(value, _NUMBER) and not _finite(value):
+            raise UserError(f'{path}: "{name}" must be a finite number, not {_shown(value)}')
     for name, length in _FALCON_H1_LISTS.items():
         if name not in config:
             raise _missing(path, name, config)
@@ -102,7 +115,26 @@ def _check_fields(path: Path, config: dict[str, Any]) -> None:
         numbers = isinstance(value, list) and all(isinstance(x, _NUMBER) and not isinstance(x, bool) for x in value)
         if not numbers or len(value) != length:
             raise UserError(f'{path}: "{name}" must be a list of {length} numbers, not {json.dumps(value)}')
+        if not all(map(_finite, value)):
+            raise UserError(f'{path}: "{name}" must be a list of {length} finite numbers, not {json.dumps(value)}')
+    if config["rms_norm_eps"] <= 0:
+        raise UserError(f'{path}: "rms_norm_eps" must be positive, not {config["rms_norm_eps"]}')
+    dropout = config.get("attention_dropout")
+    number = isinstance(dropout, _NUMBER) and not isinstance(dropout, bool)
+    if dropout is not None and not (number and 0 <= dropout < 1):
+        raise UserError(f'{path}: "attention_dropout" must be at least 0 and below 1, not {json.dumps(dropout)}')
     _check_rope(path, config)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond any float
+        return False
+
+
+def _shown(value: float) -> str:
+    return str(value) if isinstance(value, float) else f"an integer of {value.bit_length()} bits"
 
 
 def _check_rope(path: Path, config: dict[str, Any]) -> None:
@@ -111,7 +143,7 @@ def _check_rope(path: Path, config: dict[str, Any]) -> None:
     theta = parameters.get("rope_theta") if isinstance(parameters, dict) else config.get("rope_theta")
     if theta is None:
         raise _missing(path, "rope_theta", config)
-    if not isinstance(theta, _NUMBER) or isinstance(theta, bool) or theta <= 0:
+    if not isinstance(theta, _NUMBER) or isinstance(theta, bool) or not _finite(theta) or theta <= 0:
         raise UserError(f'{path}: "rope_theta" must be a positive number, not {json.dumps(theta)}')
 
 

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from falcon_bridge.conversion.atomic import atomic_directory, check_target
-from falcon_bridge.conversion.hf_checkpoint import HFCheckpoint, check_checkpoint
+from falcon_bridge.conversion.atomic import atomic_directory, check_target, is_inside
+from falcon_bridge.conversion.hf_checkpoint import HFCheckpoint, check_checkpoint, resolve_checkpoint
 from falcon_bridge.conversion.megatron_checkpoint import keep_hf_source
-from falcon_bridge.errors import UserError
+from falcon_bridge.errors import UserError, one_line
 from falcon_bridge.ranks import emit, run_ranks
 
 
@@ -54,9 +54,14 @@ def import_checkpoint(
     from falcon_bridge.conversion.runtime import preload
 
     check_target(target, force=force)
-    source = check_with_progress(hf, allow_nonfinite=allow_nonfinite, progress=progress)
-    if source.path.resolve().is_relative_to(Path(target).resolve()):
-        raise UserError(f"{target} holds the source {source.path}: choose another output directory")
+    path = resolve_checkpoint(hf)
+    if is_inside(path, target):
+        raise UserError(f"{target} holds the source {path}: choose another output directory")
+    if is_inside(target, path):
+        raise UserError(f"{target} is inside the source {path}: choose another output directory")
+    source = check_with_progress(path, allow_nonfinite=allow_nonfinite, progress=progress)
+    if source.has_tokenizer:
+        _check_tokenizer(path)
     check_layout(source.path, layout)
     with atomic_directory(target, force=force, bytes_needed=source.nbytes + _OVERHEAD_BYTES) as partial:
         preload()
@@ -101,15 +106,33 @@ def check_layout(config_dir: Path, layout: "ParallelLayout") -> None:
     # a length and a batch that suit any layout: a conversion has neither
     seq_length = 2 * math.lcm(layout.cp, layout.tp)
     config = AutoConfig.from_pretrained(config_dir)
+    if config.num_hidden_layers % layout.pp:
+        # a conversion has no options for an uneven split, which `ParallelLayout.check` would advise
+        raise UserError(
+            f"{config.num_hidden_layers} layers do not split evenly over --pp {layout.pp} stages: choose a divisor of "
+            f"{config.num_hidden_layers} (the training may use another layout)"
+        )
     layout.check(config, seq_length=seq_length, batch_size=layout.dp * layout.pp, device=device)
+
+
+def _check_tokenizer(path: Path) -> None:
+    """Load the tokenizer as Megatron will, so that a damaged one is seen before the work."""
+    from transformers import AutoTokenizer
+
+    try:
+        AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"the tokenizer in {path} cannot be loaded ({one_line(error)}): fetch its files again, or move them away "
+            "to import the weights alone"
+        ) from error
 
 
 def _storage_dtype(source: HFCheckpoint) -> str:
     """The dtype of the Megatron model: that of the files, the widest where they mix."""
     dtypes = {info.dtype for info in source.tensors.values()}
-    unknown = dtypes - {"F32", "BF16", "F16"}
-    if unknown:
-        raise UserError(f"{source.path} stores {', '.join(sorted(unknown))} tensors: save it in float32 or bfloat16")
+    if "F64" in dtypes:
+        raise UserError(f"{source.path} stores F64 tensors: save it in float32 or bfloat16")
     if "F16" in dtypes:
         raise UserError(f"{source.path} stores float16, which overflows in Falcon-H1: save it in bfloat16 or float32")
     return "F32" if "F32" in dtypes else "BF16"

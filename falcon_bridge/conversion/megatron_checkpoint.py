@@ -1,12 +1,14 @@
 """A Megatron (torch_dist) checkpoint directory: its iterations, and the Hugging Face files kept beside them."""
 
+import contextlib
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from falcon_bridge.errors import UserError
+from falcon_bridge.conversion.atomic import atomic_directory
+from falcon_bridge.errors import FalconBridgeError, UserError, one_line
 
 
 HF_SOURCE_NAME = "hf_source"
@@ -53,8 +55,26 @@ def find_megatron_checkpoint(path: str | Path) -> MegatronCheckpoint:
     hf_source = root / HF_SOURCE_NAME
     number = iteration_dir.name.removeprefix("iter_")
     return MegatronCheckpoint(
-        root, iteration_dir, int(number) if number.isdigit() else 0, hf_source if hf_source.is_dir() else None
+        root, iteration_dir, int(number) if _is_number(number) else 0, hf_source if hf_source.is_dir() else None
     )
+
+
+@contextlib.contextmanager
+def reading_shards(iteration_dir: Path) -> Iterator[None]:
+    """Say of what fails in the block that `iteration_dir` is damaged; for the loading of its shards.
+
+    Raises:
+        UserError: anything failed but for lack of memory.
+    """
+    import torch
+    from torch.distributed.checkpoint.api import CheckpointException  # not an Exception
+
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, FalconBridgeError):
+        raise
+    except (Exception, CheckpointException) as error:
+        raise UserError(f"{iteration_dir} is damaged or incomplete ({one_line(error)}): convert again") from error
 
 
 def is_megatron_checkpoint(path: str | Path) -> bool:
@@ -71,20 +91,19 @@ def keep_hf_source(root: Path, files: Iterable[Path], dtypes: dict[str, str]) ->
         files: config.json, tokenizer and so on.
         dtypes: safetensors dtype of each tensor of the source, restored by an export.
     """
-    directory = root / HF_SOURCE_NAME
-    directory.mkdir()
-    for file in files:
-        shutil.copyfile(file, directory / file.name)
-    (directory / _DTYPES_NAME).write_text(json.dumps(dtypes, indent=1) + "\n")
-    return directory
+    with atomic_directory(root / HF_SOURCE_NAME) as directory:
+        for file in files:
+            shutil.copyfile(file, directory / file.name)
+        (directory / _DTYPES_NAME).write_text(json.dumps(dtypes, indent=1) + "\n")
+    return root / HF_SOURCE_NAME
 
 
 def copy_hf_source(source: Path, root: Path) -> None:
     """Hand the Hugging Face files of one Megatron checkpoint directory on to another, unless it has them already."""
     target = root / HF_SOURCE_NAME
     if source.is_dir() and not target.exists():
-        root.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(source, target)
+        with atomic_directory(target) as directory:
+            shutil.copytree(source, directory, dirs_exist_ok=True)
 
 
 def source_dtypes(hf_source: Path | None) -> dict[str, str]:
@@ -98,12 +117,16 @@ def source_files(hf_source: Path) -> list[Path]:
     return sorted(path for path in hf_source.iterdir() if path.name != _DTYPES_NAME)
 
 
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
 def _latest(path: Path) -> int:
     tracker = path / "latest_checkpointed_iteration.txt"
     if not tracker.is_file():
         hint = " (it is a Hugging Face checkpoint: use `convert import`)" if (path / "config.json").is_file() else ""
         raise UserError(f"{path} is not a Megatron checkpoint: it has no latest_checkpointed_iteration.txt{hint}")
-    text = tracker.read_text().strip()
-    if not text.isdigit():
+    text = tracker.read_text(errors="replace").strip()[:40]
+    if not _is_number(text):
         raise UserError(f"{tracker} holds {text!r} instead of an iteration number: the checkpoint is damaged")
     return int(text)

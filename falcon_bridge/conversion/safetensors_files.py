@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from falcon_bridge.errors import UserError
+from falcon_bridge.errors import UserError, one_line
 
 
 INDEX_NAME = "model.safetensors.index.json"
+EMBEDDING, TIED_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FETCH = "fetch it again"
 # no weight of a trained model is near it; a flipped exponent bit of a float is beyond it
 _ABSURD = 1e8
@@ -41,6 +42,38 @@ def read_headers(directory: Path) -> dict[str, TensorInfo]:
             tensors[tensor] = info
     _check_index(directory, tensors)
     return tensors
+
+
+def check_dtypes(directory: Path, tensors: dict[str, TensorInfo]) -> None:
+    """Refuse dtypes that no unquantised checkpoint has (fp8, integers), before a value is read.
+
+    Raises:
+        UserError: with the dtype and its first tensor.
+    """
+    for name, info in tensors.items():
+        if info.dtype not in ("F32", "BF16", "F16", "F64"):
+            raise UserError(
+                f"{directory} stores {name} as {info.dtype}: quantised checkpoints are not supported, dequantise it "
+                "first and save it in float32 or bfloat16"
+            )
+
+
+def same_bits(first: TensorInfo, second: TensorInfo, names: tuple[str, str]) -> bool:
+    """Whether two stored tensors have the same dtype, shape and bits.
+
+    Args:
+        first: where one lies.
+        second: where the other lies.
+        names: their names there.
+    """
+    import torch
+    from safetensors import safe_open
+
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    with safe_open(first.file, "pt") as file_a, safe_open(second.file, "pt") as file_b:
+        a, b = file_a.get_tensor(names[0]), file_b.get_tensor(names[1])
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def check_values(
@@ -124,8 +157,12 @@ def _check_index(directory: Path, tensors: dict[str, TensorInfo]) -> None:
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     from safetensors import SafetensorError, safe_open
 
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except OSError as error:  # a directory, a loop of links, no permission
+        raise UserError(f"{path} cannot be read as a file ({one_line(error)}): {_FETCH}") from None
+    with file:
+        size = path.stat().st_size
         start = file.read(64)
         if start.startswith(b"version https://git-lfs"):
             raise UserError(f"{path} is a Git LFS pointer, not the file: run `git lfs pull` in its repository")

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from falcon_bridge.compat import cpu_runtime
-from falcon_bridge.conversion.megatron_checkpoint import HF_SOURCE_NAME, copy_hf_source
+from falcon_bridge.conversion.hf_checkpoint import check_checkpoint
+from falcon_bridge.conversion.megatron_checkpoint import (
+    HF_SOURCE_NAME,
+    copy_hf_source,
+    is_megatron_checkpoint,
+    keep_hf_source,
+)
 from falcon_bridge.errors import UserError, one_line
 from falcon_bridge.ranks import run_ranks
 
@@ -171,6 +177,12 @@ def _pretrain(cfg: Any, on_event: Callable[[int, Any], None] | None = None) -> N
 
 def _keep_hf_source(cfg: Any) -> None:
     pretrained = cfg.checkpoint.pretrained_checkpoint
-    if pretrained:
-        root = Path(pretrained).parent if Path(pretrained).name.startswith("iter_") else Path(pretrained)
-        copy_hf_source(root / HF_SOURCE_NAME, Path(cfg.checkpoint.save))
+    if not pretrained:
+        return
+    path, save = Path(pretrained), Path(cfg.checkpoint.save)
+    if (path / "config.json").is_file() and not is_megatron_checkpoint(path):
+        if not (save / HF_SOURCE_NAME).exists():
+            source = check_checkpoint(path, values=False)
+            keep_hf_source(save, source.companions(), {name: info.dtype for name, info in source.tensors.items()})
+        return
+    copy_hf_source((path.parent if path.name.startswith("iter_") else path) / HF_SOURCE_NAME, save)

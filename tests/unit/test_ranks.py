@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from falcon_bridge.errors import JobError, UserError
+from falcon_bridge.errors import JobError, UserError, one_line
 from falcon_bridge.ranks import emit, run_ranks
 
 
@@ -80,6 +80,42 @@ def test_first_failure_is_raised_and_every_rank_is_gone(kind, error, text, tmp_p
     assert str(caught.value) == text
     pids = [int(path.read_text()) for path in tmp_path.iterdir()]
     assert len(pids) == 3 and not any(_alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_while_ranks_are_forked_is_raised(signum, monkeypatch):
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    armed, parent = [True], os.getpid()
+    # hooks stay registered: this one disarms itself
+    os.register_at_fork(after_in_parent=lambda: armed and armed.pop() and os.kill(parent, signum))
+    before = signal.signal(signum, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_ranks(_emitting, 2, device="cpu")
+        assert signal.getsignal(signum) is interrupt and not armed
+    finally:
+        armed.clear()
+        signal.signal(signum, before)
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("a\n  b", "RuntimeError: a b"),
+        ("bad file\nframe #0: c10::Error (0x7f)\nframe #1: main", "RuntimeError: bad file"),
+        (
+            "CheckpointException ranks:dict_keys([0])\nTraceback (most recent call last): (RANK 0)\n"
+            '  File "x.py", line 1\n    f()\nEOFError: no data\n\nTraceback (most recent call last): (RANK 1)\n',
+            "EOFError: no data",
+        ),
+        ("x" * 1000, "RuntimeError: " + "x" * 185 + "…"),
+    ],
+)
+def test_one_line(message, line):
+    assert one_line(RuntimeError(message)) == line
+    assert one_line(UserError("x" * 300)) == "x" * 300
 
 
 def test_bad_world_size():

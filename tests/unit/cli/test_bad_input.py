@@ -110,6 +110,46 @@ DAMAGES = {
     "boolean for a number": (lambda hf: _config(hf, hidden_size=True), ['"hidden_size"', "an integer"]),
     "negative": (lambda hf: _config(hf, mamba_n_heads=-8), ['"mamba_n_heads"', "positive"]),
     "list too short": (lambda hf: _config(hf, ssm_multipliers=[1, 1]), ['"ssm_multipliers"', "list of 5 numbers"]),
+    "NaN in the config": (lambda hf: _config(hf, key_multiplier=float("nan")), ['"key_multiplier"', "finite", "nan"]),
+    "infinite in a list": (
+        lambda hf: _config(hf, mlp_multipliers=[1.0, float("inf")]),
+        ['"mlp_multipliers"', "2 finite numbers"],
+    ),
+    "an integer beyond floats": (lambda hf: _config(hf, lm_head_multiplier=10**400), ['"lm_head_multiplier"', "bits"]),
+    "infinite rope": (lambda hf: _config(hf, rope_parameters={"rope_theta": float("inf")}), ['"rope_theta"']),
+    "no epsilon": (lambda hf: _config(hf, rms_norm_eps=0.0), ['"rms_norm_eps" must be positive']),
+    "dropout of all": (lambda hf: _config(hf, attention_dropout=1.0), ['"attention_dropout"', "below 1"]),
+    "absurd positions": (lambda hf: _config(hf, max_position_embeddings=10**12), ['"max_position_embeddings"']),
+    "fractional positions": (lambda hf: _config(hf, max_position_embeddings=5.5), ['"max_position_embeddings"']),
+    "absurd width": (lambda hf: _config(hf, hidden_size=10**30), ['"hidden_size"', "no model has"]),
+    "wider than the files": (
+        lambda hf: _config(hf, hidden_size=2**31 - 1),
+        ["model.embed_tokens.weight", str(2**31 - 1)],
+    ),
+    "deeper than the files": (
+        lambda hf: _config(hf, num_hidden_layers=10**9),
+        ["the files have 2 layers", "num_hidden_layers 1000000000"],
+    ),
+    "quantised": (
+        lambda hf: _config(hf, quantization_config={"quant_method": "fp8"}),
+        ["quantised checkpoints are not supported, dequantise it first"],
+    ),
+    "fp8 weights": (
+        lambda hf: _weights(
+            hf,
+            lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"].to(torch.float8_e4m3fn)}),
+        ),
+        ["lm_head.weight", "F8_E4M3", "dequantise"],
+    ),
+    "a directory for the weights": (
+        lambda hf: ((hf / "model.safetensors").unlink(), (hf / "model.safetensors").mkdir()),
+        ["model.safetensors", "directory"],
+    ),
+    "weights in a link loop": (
+        lambda hf: ((hf / "model.safetensors").unlink(), (hf / "model.safetensors").symlink_to("model.safetensors")),
+        ["model.safetensors", "symbolic links"],
+    ),
+    "damaged tokenizer": (lambda hf: (hf / "tokenizer.json").write_text('{"model": 3}'), ["the tokenizer in"]),
     "no rope": (lambda hf: _config(hf, rope_parameters=...), ["rope_theta"]),
     "unsupported value": (lambda hf: _config(hf, mamba_conv_bias=False), []),
     "config of other weights": (lambda hf: _config(hf, intermediate_size=96), ["96"]),
@@ -158,7 +198,7 @@ def test_a_damaged_source_is_refused(run, hf, tmp_path, name):
     ("args", "text"),
     [
         (["--tp", "3"], "does not divide the model's 4 attention heads: it can be 1, 2, 4"),
-        (["--pp", "4"], "2 layers do not split evenly"),
+        (["--pp", "4"], "2 layers do not split evenly over --pp 4 stages: choose a divisor of 2"),
         (["--cp", "2"], "--cp above 1 needs GPUs"),
         (["--sequence-parallel"], "give --tp 2 or more"),
     ],
@@ -168,6 +208,15 @@ def test_an_impossible_layout_is_refused(run, hf, tmp_path, args, text):
         pytest.skip("CP works on GPUs")
     result = run("convert", "import", hf, tmp_path / "megatron", *args)
     assert result.exit_code == 2 and text in result.stderr and not (tmp_path / "megatron").exists()
+    assert "--first-stage-layers" not in result.stderr
+
+
+def test_sources_that_are_no_directory(run, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    for source, text in (("", "name is empty"), (tmp_path / "loop", "leads nowhere")):
+        result = run("convert", "import", source, tmp_path / "megatron")
+        assert result.exit_code == 2 and text in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
 @pytest.mark.parametrize("verb", ["import", "export"])

@@ -70,6 +70,14 @@ def test_a_swap_that_fails_restores_the_old_one(tmp_path, monkeypatch):
     assert _tree(tmp_path) == {"out": None, "out/old": "old"}
 
 
+def test_a_target_that_was_made_meanwhile_is_left_alone(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(UserError, match="--force"), atomic_directory(target) as partial:
+        (partial / "new").write_text("new")
+        target.mkdir()
+    assert _tree(tmp_path) == {"out": None}
+
+
 def test_refusals(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
     for target in (tmp_path, tmp_path / "file"):

@@ -3,18 +3,25 @@
 import errno
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from falcon_bridge.conversion import exporter, importer, shards
 from falcon_bridge.conversion.checksums import CHECKSUMS_NAME
 from falcon_bridge.conversion.compare import compare_checkpoints
 from falcon_bridge.conversion.exporter import export_checkpoint
 from falcon_bridge.conversion.importer import import_checkpoint
-from falcon_bridge.conversion.megatron_checkpoint import HF_SOURCE_NAME, find_megatron_checkpoint
+from falcon_bridge.conversion.megatron_checkpoint import (
+    HF_SOURCE_NAME,
+    find_megatron_checkpoint,
+    source_dtypes,
+    source_files,
+)
 from falcon_bridge.conversion.roundtrip import round_trip
+from falcon_bridge.conversion.safetensors_files import read_headers
 from falcon_bridge.errors import JobError, UserError
 from falcon_bridge.verification.checkpoints import write_random_checkpoint
 from falcon_bridge.verification.layout import ParallelLayout
@@ -90,10 +97,25 @@ def test_damaged_megatron_checkpoints_are_named(megatron, tmp_path):
     with pytest.raises(UserError, match=r"has no run_config\.yaml"):
         export_checkpoint(broken, tmp_path / "back", ParallelLayout())
     (iteration / "kept.yaml").rename(iteration / "run_config.yaml")
-    for shard in iteration.glob("*.distcp"):
-        shard.unlink()
-    with pytest.raises(JobError):
+    shard = max(iteration.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data, metadata = shard.read_bytes(), (iteration / ".metadata").read_bytes()
+    for path, content in (
+        (shard, data[: len(data) // 3]),
+        (iteration / ".metadata", metadata[: len(metadata) // 2]),
+        (iteration / ".metadata", b"\x80\x05garbage"),
+        (shard, None),
+    ):
+        shard.write_bytes(data)
+        (iteration / ".metadata").write_bytes(metadata)
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(UserError, match=r"is damaged or incomplete .*: convert again") as caught:
+            export_checkpoint(broken, tmp_path / "back", ParallelLayout())
+        line = str(caught.value)
+        assert len(line) < 500 and "Traceback" not in line and "frame #" not in line and "\n" not in line
+    (broken / "latest_checkpointed_iteration.txt").write_text("²")
+    with pytest.raises(UserError, match="instead of an iteration number"):
         export_checkpoint(broken, tmp_path / "back", ParallelLayout())
+    (broken / "latest_checkpointed_iteration.txt").write_text("0")
     shutil.rmtree(iteration)
     with pytest.raises(UserError, match="which is not there"):
         export_checkpoint(broken, tmp_path / "back", ParallelLayout())
@@ -147,7 +169,39 @@ def test_a_wrong_export_is_not_left(megatron, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_tied_head_that_is_stored_is_an_alias_or_refused(tmp_path):
+    source = write_random_checkpoint(
+        tmp_path / "hf", "tied_groups2_gated_norm", seed=3, dtype=torch.bfloat16, num_hidden_layers=1
+    )
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    found, _ = round_trip(source, ParallelLayout())
+    assert found.ok and found.params_compared == len(tensors) - 1, found
+    tensors["lm_head.weight"][1, 2] += 1.0
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"stores a different lm_head\.weight"):
+        import_checkpoint(source, tmp_path / "megatron", ParallelLayout())
+
+
+def test_training_from_hugging_face_keeps_its_files(hf, tmp_path):
+    from falcon_bridge.training.run import _keep_hf_source
+
+    checkpoint = SimpleNamespace(pretrained_checkpoint=str(hf), save=str(tmp_path / "run" / "checkpoints"))
+    for _ in range(2):  # a run that resumes has them already
+        _keep_hf_source(SimpleNamespace(checkpoint=checkpoint))
+    kept = tmp_path / "run" / "checkpoints" / HF_SOURCE_NAME
+    assert [path.name for path in kept.parent.iterdir()] == [HF_SOURCE_NAME]
+    names = {path.name for path in source_files(kept)}
+    assert {"config.json", "tokenizer.json"} <= names and "model.safetensors" not in names
+    assert source_dtypes(kept) == {name: info.dtype for name, info in read_headers(hf).items()}
+
+
 def test_targets_that_hold_the_source_are_refused(hf, megatron):
+    with pytest.raises(UserError, match="inside the source"):
+        import_checkpoint(hf, hf / "megatron", ParallelLayout())
+    with pytest.raises(UserError, match="inside the checkpoint"):
+        export_checkpoint(megatron, megatron / HF_SOURCE_NAME / "hf", ParallelLayout())
     with pytest.raises(UserError, match="holds the source"):
         import_checkpoint(hf, hf.parent, ParallelLayout(), force=True)
     with pytest.raises(UserError, match="holds the checkpoint"):
