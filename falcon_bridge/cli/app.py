@@ -64,10 +64,28 @@ def _report(message: str, status: int, args: list[str]) -> int:
     return status
 
 
+_HELP = """Train Falcon-H1 on Megatron Bridge, and convert it to and from Hugging Face exactly.
+
+[bold]Examples[/bold]
+
+falcon-bridge demo
+
+falcon-bridge convert import tiiuae/Falcon-H1-0.5B-Base ./megatron/falcon-h1-0.5b
+
+falcon-bridge verify tiiuae/Falcon-H1-0.5B-Base --tp 2
+
+falcon-bridge train --recipe falcon_h1_tiny_cpu_pretrain_config train.train_iters=20
+"""
+_EXIT_STATUS = (
+    "Exit status: 0 for success, 1 where the job failed or found a mismatch, 2 for arguments that cannot be used, "
+    "130 where Ctrl-C or SIGTERM interrupted it."
+)
+
 app = typer.Typer(
     cls=_Group,
     name="falcon-bridge",
-    help="Train Falcon-H1 on Megatron Bridge, and convert it to and from Hugging Face exactly.",
+    help=_HELP,
+    epilog=_EXIT_STATUS,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -15,9 +15,17 @@ from falcon_bridge.errors import UserError
 if TYPE_CHECKING:
     from falcon_bridge.verification.layout import ParallelLayout
 
-convert = typer.Typer(
-    name="convert", help="Convert checkpoints between Hugging Face and Megatron.", no_args_is_help=True
-)
+_HELP = """Convert checkpoints between Hugging Face and Megatron.
+
+[bold]Examples[/bold]
+
+falcon-bridge convert import tiiuae/Falcon-H1-0.5B-Base ./megatron/falcon-h1-0.5b
+
+falcon-bridge convert export ./megatron/falcon-h1-0.5b ./hf/falcon-h1-0.5b
+
+falcon-bridge convert roundtrip ./my-falcon-h1 --tp 2
+"""
+convert = typer.Typer(name="convert", help=_HELP, short_help=_HELP.partition("\n")[0], no_args_is_help=True)
 
 HF = Annotated[str, typer.Argument(metavar="HF", help="Hugging Face checkpoint directory, or a hub id.")]
 TP = Annotated[int, typer.Option("--tp", min=1, help="Tensor-parallel size of the conversion.")]
@@ -74,6 +82,8 @@ def import_(
         }
         current.finish(result)
     _say(json, f"imported {result['tensors']} tensors ({source.nbytes / 1e6:.1f} MB) to {megatron_dir}")
+    if not source.has_checksums:
+        _say(json, f"{source.path} has no SHA-256 checksums: nothing to verify the files against")
     if not source.has_tokenizer:
         _say(json, f"{source.path} has no tokenizer: training needs one, see `train --help`")
 

@@ -3,6 +3,22 @@
 from typing import Any
 
 from falcon_bridge.cli.session import DebugOption, JsonOption, session
+from falcon_bridge.cli.tables import parameters
+
+
+_ORDER = [
+    "provider",
+    "parameters",
+    "TP",
+    "layers",
+    "context",
+    "hidden",
+    "MLP",
+    "attention heads",
+    "SSM heads",
+    "state",
+    "vocabulary",
+]
 
 
 def models(json: JsonOption = False, debug: DebugOption = False) -> None:
@@ -17,39 +33,22 @@ def models(json: JsonOption = False, debug: DebugOption = False) -> None:
     with session(json, debug) as current:
         with current.status("importing Megatron, up to 30 s"):
             rows = [_row(name, provider) for name, provider in _providers()]
-        from rich.table import Table
-
-        table = Table(title="Falcon-H1")
-        columns = (
-            "provider",
-            "parameters",
-            "layers",
-            "hidden",
-            "MLP",
-            "attention heads",
-            "SSM heads",
-            "state",
-            "vocabulary",
-            "context",
-            "TP",
-        )
-        for column in columns:
-            table.add_column(column, justify="left" if column == "provider" else "right")
-        for row in rows:
-            table.add_row(
-                row["provider"],
-                f"{row['parameters'] / 1e9:.3f} B",
-                str(row["layers"]),
-                str(row["hidden_size"]),
-                str(row["ffn_hidden_size"]),
-                f"{row['attention_heads']} × {row['head_dim']} (KV {row['kv_heads']})",
-                f"{row['ssm_heads']} × {row['ssm_head_dim']}",
-                f"{row['ssm_groups']} × {row['ssm_state']}",
-                f"{row['vocab_size']:,}{' (tied)' if row['tied'] else ''}",
-                f"{row['context'] // 1024}k",
-                ", ".join(map(str, row["tp"])),
-            )
-        current.show(table)
+        columns = {
+            "provider": [row["provider"] for row in rows],
+            "parameters": [parameters(row["parameters"]) for row in rows],
+            "layers": [str(row["layers"]) for row in rows],
+            "hidden": [str(row["hidden_size"]) for row in rows],
+            "MLP": [str(row["ffn_hidden_size"]) for row in rows],
+            "attention heads": [
+                f"{row['attention_heads']} × {row['head_dim']} (KV {row['kv_heads']})" for row in rows
+            ],
+            "SSM heads": [f"{row['ssm_heads']} × {row['ssm_head_dim']}" for row in rows],
+            "state": [f"{row['ssm_groups']} × {row['ssm_state']}" for row in rows],
+            "vocabulary": [f"{row['vocab_size']:,}{' (tied)' if row['tied'] else ''}" for row in rows],
+            "context": [f"{row['context'] // 1024}k" for row in rows],
+            "TP": [", ".join(map(str, row["tp"])) for row in rows],
+        }
+        current.show_table("Falcon-H1", columns, order=_ORDER, left={"provider"})
         current.finish({"ok": True, "models": rows})
 
 

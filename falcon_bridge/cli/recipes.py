@@ -3,6 +3,7 @@
 from typing import Any
 
 from falcon_bridge.cli.session import DebugOption, JsonOption, session
+from falcon_bridge.cli.tables import parameters
 
 
 def recipes(json: JsonOption = False, debug: DebugOption = False) -> None:
@@ -15,25 +16,19 @@ def recipes(json: JsonOption = False, debug: DebugOption = False) -> None:
     with session(json, debug) as current:
         with current.status("importing Megatron, up to 30 s"):
             rows = _rows()
-        from rich.table import Table
-
-        table = Table(title="recipes for `falcon-bridge train --recipe NAME`")
-        for column in ("name", "what", "parameters", "layout", "sequence", "batch", "steps"):
-            table.add_column(
-                column, justify="left" if column in ("name", "what", "layout") else "right", overflow="fold"
-            )
-        for row in rows:
-            layout = f"TP {row['tp']} PP {row['pp']} CP {row['cp']}"
-            table.add_row(
-                row["name"],
-                row["description"],
-                f"{row['parameters'] / 1e9:.3f} B",
-                layout,
-                str(row["seq_length"]),
-                str(row["global_batch_size"]),
-                f"{row['train_iters']:,}",
-            )
-        current.show(table)
+        columns = {
+            "name": [row["name"] for row in rows],
+            "what": [row["description"] for row in rows],
+            "parameters": [parameters(row["parameters"]) for row in rows],
+            "TP·PP·CP": [f"{row['tp']}·{row['pp']}·{row['cp']}" for row in rows],
+            "sequence": [str(row["seq_length"]) for row in rows],
+            "batch": [str(row["global_batch_size"]) for row in rows],
+            "steps": [f"{row['train_iters']:,}" for row in rows],
+        }
+        order = ["name", "parameters", "TP·PP·CP", "sequence", "batch", "steps", "what"]
+        current.show_table(
+            "recipes for `falcon-bridge train --recipe NAME`", columns, order=order, left={"name", "what"}
+        )
         current.finish({"ok": True, "recipes": rows})
 
 

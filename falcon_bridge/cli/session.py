@@ -41,6 +41,24 @@ class Session:
         """Print results for people: on stdout, or on stderr with ``--json``."""
         self._results.print(*renderables)
 
+    def show_table(self, title: str, columns: dict[str, list[str]], *, order: list[str], left: set[str]) -> None:
+        """Print a table for people, every cell whole; see `tables.fitted_table`.
+
+        A terminal gets the columns that fit, a pipe or a file all of them.
+        """
+        from falcon_bridge.cli.tables import fitted_table
+
+        terminal = self._results.is_terminal
+        table, hidden = fitted_table(
+            title, columns, order=order, left=left, width=self._results.width if terminal else None
+        )
+        if not terminal:
+            unlimited = self._results.options.update(width=10_000)
+            self._results.width = max(self._results.width, self._results.measure(table, options=unlimited).maximum)
+        self._results.print(table)
+        if hidden:
+            self._results.print(f"not shown for lack of width: {', '.join(hidden)} (--json has them)", soft_wrap=True)
+
     @contextlib.contextmanager
     def progress(self) -> Iterator["Progress"]:
         """A progress bar on stderr; finished bars stay, those of a failed job go, so that its error stands alone."""

@@ -123,6 +123,8 @@ def _train(current: Session, cfg: Any, processes: int | None) -> dict[str, Any]:
 
     def keep(rank: int, event: Any) -> bool:
         if isinstance(event, EvalReport):
+            if evaluations and evaluations[-1].iteration == event.iteration:
+                evaluations.pop()  # Megatron validates again at the end, on the next batches: that one stands
             evaluations.append(event)
             return False
         new = event.loss is not None and (not steps or event.iteration > steps[-1].iteration)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from megatron.bridge.training.callbacks import Callback, CallbackContext
 
 from falcon_bridge.ranks import emit
@@ -35,7 +36,7 @@ class EvalReport:
 
 
 class StepReporter(Callback):
-    """Sends a `StepReport` a step and an `EvalReport` a validation to the process that started the ranks."""
+    """Sends the process that started the ranks a `StepReport` a step and rank, and one `EvalReport` a validation."""
 
     def on_train_step_end(self, context: CallbackContext) -> None:
         """Report the step."""
@@ -52,7 +53,7 @@ class StepReporter(Callback):
         )
 
     def on_eval_end(self, context: CallbackContext) -> None:
-        """Report the validation."""
+        """Report the validation, once: all ranks of the last pipeline stage have the same reduced loss."""
         losses = context.total_loss_dict or {}
-        if "lm loss" in losses:
+        if "lm loss" in losses and dist.get_rank() == dist.get_world_size() - 1:
             emit(EvalReport(context.state.train_state.step, float(losses["lm loss"])))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_bridge.errors import UserError, one_line, suggestion
+from falcon_bridge.training.limits import check_limits, check_type
 
 
 def load_recipe(name: str) -> Any:
@@ -38,23 +39,26 @@ def apply_overrides(cfg: Any, overrides: Iterable[str]) -> Any:
         `cfg`.
 
     Raises:
-        UserError: not ``key=value``, an unknown key (with the closest one), or a value of the wrong type.
+        UserError: not ``key=value``, an unknown key (with the closest one), a whole section, a value of the wrong
+            type, or one that no run can have.
     """
     from megatron.bridge.training.utils.omegaconf_utils import OverridesError, process_config_with_overrides
 
     overrides = list(overrides)
     before = {}
     for override in overrides:
-        key, separator, _ = override.lstrip("+~").partition("=")
+        key, separator, text = override.lstrip("+~").partition("=")
         if not separator and not override.startswith("~"):
             raise UserError(f"'{override}' is not an override: write key.sub=value, as in train.train_iters=100")
         before[key] = _lookup(cfg, key)
+        _check_section(key, before[key], text)
     try:
         cfg = process_config_with_overrides(cfg, cli_overrides=overrides)
     except OverridesError as error:
         raise UserError(f"the overrides cannot be applied ({one_line(error)}): check {' '.join(overrides)}") from error
     for key, old in before.items():
-        _check_type(key, old, _lookup(cfg, key))
+        check_type(key, old, _lookup(cfg, key), _annotation(cfg, key))
+    check_limits(cfg)
     _sync_seq_length(cfg, before)
     return cfg
 
@@ -83,18 +87,25 @@ def _keys(value: Any) -> list[str]:
     return [str(key) for key in value] if isinstance(value, dict) else []
 
 
-def _check_type(key: str, old: Any, new: Any) -> None:
-    """Hydra's values are untyped here: refuse what cannot be meant."""
-    if new is None or not isinstance(old, int | float):
+def _check_section(key: str, value: Any, text: str) -> None:
+    """Refuse to put a value in the place of a whole section; ``mixed_precision`` may be a name."""
+    optional = value is None and "." not in key
+    if key == "mixed_precision" or (optional and text == "null"):
         return
-    if isinstance(old, bool):
-        fits, name = isinstance(new, bool), "true or false"
-    elif isinstance(old, int):
-        fits, name = isinstance(new, int) and not isinstance(new, bool), "an integer"
-    else:
-        fits, name = isinstance(new, int | float) and not isinstance(new, bool), "a number"
-    if not fits:
-        raise UserError(f"{key} must be {name}, not {new!r}")
+    if dataclasses.is_dataclass(value):
+        number = next((name for name in ("num_layers", "train_iters", "lr") if name in _keys(value)), _keys(value)[0])
+        raise UserError(f"{key} is a section, not a value: set one of its keys, as in {key}.{number}=…")
+    if optional:
+        raise UserError(f"{key} is a section that this recipe does not have: leave it unset, or set it in a recipe")
+
+
+def _annotation(cfg: Any, key: str) -> Any:
+    """The declared type of a dataclass field; None for an entry of a dictionary."""
+    parent, _, name = key.rpartition(".")
+    owner = _lookup(cfg, parent) if parent else cfg
+    if not dataclasses.is_dataclass(owner):
+        return None
+    return next((field.type for field in dataclasses.fields(owner) if field.name == name), None)
 
 
 def _sync_seq_length(cfg: Any, overridden: Iterable[str]) -> None:

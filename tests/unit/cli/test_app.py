@@ -33,6 +33,14 @@ def test_help_has_an_example(run, verb):
     assert "Example" in result.stdout and "--json" in result.stdout and "--debug" in result.stdout
 
 
+@pytest.mark.parametrize("group", [[], ["convert"]], ids=["all", "convert"])
+def test_help_of_a_group_has_examples(run, group):
+    result = run(*group, "--help")
+    text = " ".join(result.stdout.split())
+    assert result.exit_code == 0 and "Examples" in text and "falcon-bridge convert import tiiuae/" in text
+    assert ("130 where Ctrl-C" in text) == (not group)
+
+
 def test_the_command_starts_without_torch_and_megatron():
     code = (
         "import sys; import falcon_bridge.cli.app; "

@@ -67,6 +67,58 @@ def test_overrides_reach_their_fields():
     assert cfg.model.activation_func is load_recipe(TINY).model.activation_func
 
 
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ("train.train_iters=0", "train.train_iters must be positive, not 0"),
+        ("train.train_iters=-3", "train.train_iters must be positive"),
+        ("train.micro_batch_size=0", "train.micro_batch_size must be positive"),
+        ("train.global_batch_size=-8", "train.global_batch_size must be positive"),
+        ("model.num_layers=0", "model.num_layers must be positive"),
+        ("model.hidden_size=-128", "model.hidden_size must be positive"),
+        ("model.ffn_hidden_size=0", "model.ffn_hidden_size must be positive"),
+        ("model.mamba_state_dim=0", "model.mamba_state_dim must be positive"),
+        ("model.mamba_num_heads=-1", "model.mamba_num_heads must be 0 or more"),
+        ("model.kv_channels=0", "model.kv_channels must be positive"),
+        ("model.tensor_model_parallel_size=0", "model.tensor_model_parallel_size must be positive"),
+        ("model.seq_length=0", "model.seq_length must be positive"),
+        ("dataset.seq_length=-1", "dataset.seq_length must be positive"),
+        ("optimizer.lr=0", "optimizer.lr must be positive"),
+        ("optimizer.lr=-1e-3", "optimizer.lr must be positive"),
+        ("optimizer.lr=nan", "optimizer.lr must be a number, not nan"),
+        ("optimizer.lr=inf", "optimizer.lr must be positive, not inf"),
+        ("optimizer.lr=1e-4", "optimizer.min_lr must be at most optimizer.lr=0.0001"),
+        ("optimizer.adam_beta2=1.5", "optimizer.adam_beta2 must be at least 0 and below 1"),
+        ("scheduler.lr_decay_iters=5", "scheduler.lr_warmup_iters must be below scheduler.lr_decay_iters=5"),
+        ("validation.eval_iters=-1", "validation.eval_iters must be 0 or more"),
+        ("model=5", "model is a section, not a value: set one of its keys, as in model.num_layers="),
+        ("train=null", "train is a section"),
+        ("peft=lora", "peft is a section that this recipe does not have"),
+        ("env_vars=3", "env_vars must be a mapping"),
+        ("model.mlp_multipliers=0.5", "model.mlp_multipliers must be a list of numbers"),
+        ("model.ssm_multipliers=[a,b]", "model.ssm_multipliers must be a list of numbers"),
+        ("model.num_layers_in_first_pipeline_stage=two", "num_layers_in_first_pipeline_stage must be an integer"),
+        ("dataset.blend=foo", r"dataset.blend must be \[\[PREFIX,…\],null\] or .*, not 'foo'"),
+        ("dataset.blend=[foo,null]", "dataset.blend must be"),
+        ("dataset.blend=[[a,b],[0.5]]", "a weight for each prefix"),
+    ],
+)
+def test_an_override_that_no_run_can_have_is_refused(overrides, says):
+    with pytest.raises(UserError, match=says) as caught:
+        apply_overrides(load_recipe(TINY), [overrides])
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_of_unset_and_optional_keys():
+    overrides = ["dataset.blend=[[a,b],[0.5,2]]", "model.num_layers_in_first_pipeline_stage=1", "peft=null"]
+    overrides += ["model.num_attention_heads=0", "model.num_query_groups=null", "optimizer.min_lr=0"]
+    cfg = apply_overrides(load_recipe(TINY), overrides)
+    assert [list(part) for part in cfg.dataset.blend] == [["a", "b"], [0.5, 2]]
+    assert (cfg.model.num_layers_in_first_pipeline_stage, cfg.peft, cfg.optimizer.min_lr) == (1, None, 0)
+    cfg = apply_overrides(load_recipe("falcon_h1_500m_pretrain_config"), ["mixed_precision=bf16_mixed"])
+    assert cfg.mixed_precision == "bf16_mixed"
+
+
 @pytest.mark.parametrize("key", ["model.seq_length", "dataset.seq_length"])
 def test_one_sequence_length_sets_both(key):
     cfg = apply_overrides(load_recipe(TINY), [f"{key}=64"])

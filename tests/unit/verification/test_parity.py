@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from falcon_bridge.verification.parity import compare, compare_tensors
+from falcon_bridge.verification.parity import BF16, FP32, compare, compare_tensors, near_tie_agreement
 from falcon_bridge.verification.reference import Outcome
 
 
@@ -118,6 +118,42 @@ def test_bf16_is_judged_by_cosine_and_agreement():
     assert judge(near, dtype="bf16").ok
     far.logits += 0.1 * torch.randn(far.logits.shape, generator=torch.Generator().manual_seed(1))
     assert not judge(far, dtype="bf16").ok
+
+
+def _flip(gap):
+    """At every tenth position a runner-up `gap` below the best logit in the reference, and 2e-3 above it in Megatron.
+
+    Elsewhere the logits of both differ by noise of 1e-3 and no choice is near.
+    """
+    generator = torch.Generator().manual_seed(2)
+    hf = Outcome(3 * torch.randn(2, 100, 501, generator=generator), 2.5)
+    best = hf.logits.max(-1)
+    runner_up = (best.indices + 1) % hf.logits.shape[-1]
+    hf.logits.scatter_(-1, best.indices[..., None], best.values[..., None] + 1)
+    megatron = Outcome(hf.logits + 1e-3 * torch.randn(hf.logits.shape, generator=generator), 2.5)
+    for row in range(2):
+        for column in range(0, 100, 10):
+            top = hf.logits[row, column].max()
+            hf.logits[row, column, runner_up[row, column]] = top - gap
+            megatron.logits[row, column, runner_up[row, column]] = megatron.logits[row, column].max() + 2e-3
+    return hf, megatron
+
+
+def test_bf16_excuses_a_near_tie_and_no_genuine_flip():
+    hf, megatron = _flip(2e-3)
+    result = judge(megatron, hf, dtype="bf16")
+    assert result.ok and result.next_token_agreement == pytest.approx(0.9)
+    hf, megatron = _flip(0.1)
+    result = judge(megatron, hf, dtype="bf16")
+    assert result.cosine > 0.9999 and not result.ok
+    assert ["next tokens" in finding for finding in result.findings] == [True]
+
+
+def test_fp32_excuses_exact_ties_only():
+    expected = torch.tensor([[[1.0, 1.0, 0.0], [1.0, 1.0 - 1e-6, 0.0]]]).double()
+    got = torch.tensor([[[0.9, 1.0, 0.0], [0.9, 1.0, 0.0]]]).double()
+    assert near_tie_agreement(expected, got, FP32.tie) == 0.5
+    assert near_tie_agreement(expected, torch.full_like(got, math.nan), BF16.tie) == 0
 
 
 def test_differences_are_relative_to_each_tensor():

@@ -1,0 +1,156 @@
+"""Values that a training cannot have, found before it starts."""
+
+import math
+from typing import Any, get_args
+
+from falcon_bridge.errors import UserError
+
+
+_POSITIVE = (
+    "train.train_iters",
+    "train.global_batch_size",
+    "train.micro_batch_size",
+    "model.num_layers",
+    "model.hidden_size",
+    "model.ffn_hidden_size",
+    "model.vocab_size",
+    "model.make_vocab_size_divisible_by",
+    "model.max_position_embeddings",
+    "model.seq_length",
+    "model.tensor_model_parallel_size",
+    "model.pipeline_model_parallel_size",
+    "model.virtual_pipeline_model_parallel_size",
+    "model.context_parallel_size",
+    "model.num_layers_in_first_pipeline_stage",
+    "model.num_layers_in_last_pipeline_stage",
+    "model.layernorm_epsilon",
+    "model.rotary_base",
+    "dataset.seq_length",
+    "logger.log_interval",
+    "optimizer.lr",
+    "optimizer.adam_eps",
+    "scheduler.lr_decay_iters",
+)
+_ATTENTION = ("model.num_query_groups", "model.kv_channels")
+_SSM = (
+    "model.mamba_head_dim",
+    "model.mamba_state_dim",
+    "model.mamba_num_groups",
+    "model.conv_kernel",
+    "model.chunk_size",
+)
+# 0 of these is a choice: no such branch, never, none
+_NOT_NEGATIVE = (
+    "model.num_attention_heads",
+    "model.mamba_num_heads",
+    "model.init_method_std",
+    "validation.eval_iters",
+    "validation.eval_interval",
+    "checkpoint.save_interval",
+    "optimizer.min_lr",
+    "optimizer.weight_decay",
+    "optimizer.clip_grad",
+    "scheduler.lr_warmup_iters",
+    "scheduler.lr_wsd_decay_iters",
+)
+_FRACTIONS = ("optimizer.adam_beta1", "optimizer.adam_beta2")
+_KINDS = {"bool": "true or false", "int": "an integer", "float": "a number"}
+
+
+def check_limits(cfg: Any) -> None:
+    """Refuse sizes, lengths and rates that no run can have.
+
+    Args:
+        cfg: a ``ConfigContainer``; not changed.
+
+    Raises:
+        UserError: with the first such key and what it must be.
+    """
+    positive = [*_POSITIVE]
+    if _value(cfg, "model.num_attention_heads"):
+        positive += _ATTENTION
+    if _value(cfg, "model.mamba_num_heads"):
+        positive += _SSM
+    for key in positive:
+        _check(cfg, key, "positive", lambda value: value > 0)
+    for key in _NOT_NEGATIVE:
+        _check(cfg, key, "0 or more", lambda value: value >= 0)
+    for key in _FRACTIONS:
+        _check(cfg, key, "at least 0 and below 1", lambda value: 0 <= value < 1)
+    lr, least = _value(cfg, "optimizer.lr"), _value(cfg, "optimizer.min_lr")
+    if lr is not None and least is not None and least > lr:
+        raise UserError(f"optimizer.min_lr must be at most optimizer.lr={lr}, not {least}: set both")
+    warmup, decay = _value(cfg, "scheduler.lr_warmup_iters"), _value(cfg, "scheduler.lr_decay_iters")
+    if warmup is not None and decay is not None and warmup >= decay:
+        raise UserError(f"scheduler.lr_warmup_iters must be below scheduler.lr_decay_iters={decay}, not {warmup}")
+
+
+def check_type(key: str, old: Any, new: Any, annotation: Any = None) -> None:
+    """Refuse an override that cannot be meant: Hydra's values are untyped here.
+
+    Args:
+        key: dotted.
+        old: the recipe's value.
+        new: what the override makes of it.
+        annotation: the field's type, for where `old` is None.
+
+    Raises:
+        UserError: with what `key` must be.
+    """
+    if key.rpartition(".")[2] == "blend" and new is not None:
+        _check_blend(key, new)
+    if new is None:
+        return
+    if isinstance(old, list | tuple):
+        numbers = bool(old) and all(_is(item, "float") for item in old)
+        if not isinstance(new, list | tuple) or (numbers and not all(_is(item, "float") for item in new)):
+            raise UserError(f"{key} must be a list{' of numbers' if numbers else ''}, as in [a,b], not {new!r}")
+    if isinstance(old, dict) and not isinstance(new, dict):
+        raise UserError(f"{key} must be a mapping, as in {key}={{a:b}}, not {new!r}")
+    declared = {getattr(part, "__name__", "") for part in get_args(annotation) or (annotation,)} - {"NoneType"}
+    kind = type(old).__name__
+    if len(declared) == 1 and (old is None or (kind == "int" and declared == {"float"})):
+        (kind,) = declared
+    if kind in _KINDS and not _is(new, kind):
+        raise UserError(f"{key} must be {_KINDS[kind]}, not {new!r}")
+
+
+def _is(value: Any, kind: str) -> bool:
+    if kind == "bool" or isinstance(value, bool):
+        return kind == "bool" and isinstance(value, bool)
+    return isinstance(value, int) or (kind == "float" and isinstance(value, float) and not math.isnan(value))
+
+
+def _check_blend(key: str, blend: Any) -> None:
+    """A blend is a list of prefixes and their weights, or None for the weights."""
+    fits = isinstance(blend, list | tuple) and len(blend) == 2
+    if fits:
+        prefixes, weights = blend
+        fits = isinstance(prefixes, list | tuple) and bool(prefixes) and all(isinstance(p, str) for p in prefixes)
+        fits = fits and (
+            weights is None
+            or (
+                isinstance(weights, list | tuple)
+                and len(weights) == len(prefixes)
+                and all(_is(weight, "float") and weight >= 0 for weight in weights)
+            )
+        )
+    if not fits:
+        raise UserError(
+            f"{key} must be [[PREFIX,…],null] or [[PREFIX,…],[WEIGHT,…]] with a weight for each prefix, not "
+            f"{blend!r}: for one dataset, --dataset PREFIX sets it"
+        )
+
+
+def _check(cfg: Any, key: str, what: str, fits: Any) -> None:
+    value = _value(cfg, key)
+    if value is not None and not (math.isfinite(value) and fits(value)):
+        raise UserError(f"{key} must be {what}, not {value}")
+
+
+def _value(cfg: Any, key: str) -> int | float | None:
+    """The number at a dotted key; None where there is none."""
+    value = cfg
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value if _is(value, "float") or isinstance(value, float) else None
