@@ -9,8 +9,10 @@ def register() -> None:
     from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 
     from falcon_bridge.compat import patch_missing_helpers_makefile
+    from falcon_bridge.compat.optimizer import repair_optimizer_state
 
     # without it, a saved run_config.yaml that names our classes is refused
     register_allowed_target_prefix("falcon_bridge.")
     patch_missing_helpers_makefile()
+    repair_optimizer_state()
     import falcon_bridge.models.falcon_h1.bridge  # noqa: F401  registers itself

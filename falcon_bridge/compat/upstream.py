@@ -79,6 +79,19 @@ PRIVATE: dict[str, Private] = {
         "keeps A_log, D and dt_bias in fp32 when the model is cast to bf16",
         mentions="_keep_in_float32_parameter_names",
     ),
+    "DistributedOptimizer._build_optimizer_group_ranges": Private(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.__init__",
+        "wrapped so that fp32 parameters come first in a group (compat/optimizer.py)",
+        mentions="_build_optimizer_group_ranges",
+    ),
+    "DistributedOptimizer._set_main_param_and_optimizer_states": Private(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
+        "wrapped so that torch's Adam keeps its step count (compat/optimizer.py)",
+    ),
+    "MegatronOptimizer._extract_common_per_param_step": Private(
+        "megatron.core.optimizer.optimizer:MegatronOptimizer._extract_common_per_param_step",
+        "the step count that a checkpoint of a bf16 model keeps (compat/optimizer.py)",
+    ),
     "_pg_collection": Private(
         "megatron.bridge.models.model_provider:ModelProviderMixin.provide_distributed_model",
         "sets the process groups that our provider and block spec read",

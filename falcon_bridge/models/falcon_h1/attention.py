@@ -102,7 +102,9 @@ class TorchDotProductAttention(MegatronModule):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
-        with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else nullcontext():
+        # under sequence parallelism the whole block runs in that stream; recompute would not find a fork within it
+        fork = dropout and not self.config.sequence_parallel
+        with tensor_parallel.get_cuda_rng_tracker().fork() if fork else nullcontext():
             return F.scaled_dot_product_attention(
                 query,
                 key,

@@ -1,8 +1,11 @@
 """The parallel hybrid mixer: attention and Mamba-2 side by side on the same normed input."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
@@ -19,7 +22,8 @@ class FalconH1MixerSubmodules:
 class FalconH1Mixer(MegatronModule):
     """`attention(x)·a + ssm(x)·b`, in the slot where `TransformerLayer` expects its self-attention.
 
-    Megatron's GatedDeltaNet is the precedent for another mixer in that slot. Either branch may be absent.
+    Megatron's GatedDeltaNet is the precedent for another mixer in that slot. Either branch may be absent. With
+    `recompute_mixer` only its input is kept for the backward pass, which runs both branches again.
 
     Args:
         config: A `FalconH1ModelProvider`.
@@ -43,6 +47,7 @@ class FalconH1Mixer(MegatronModule):
     ):
         super().__init__(config=config)
         self.layer_number = layer_number
+        self.tp_group = pg_collection.tp
         branch = {"config": config, "layer_number": layer_number, "pg_collection": pg_collection}
         self.attention = self.mamba_mixer = None
         if submodules.attention is not None:
@@ -53,6 +58,9 @@ class FalconH1Mixer(MegatronModule):
                 name=f"{name}.attention" if name else None,
                 **branch,
             )
+            if config.recompute_mixer:
+                # what is inside is recomputed once already
+                self.attention.checkpoint_core_attention = False
         if submodules.mamba_mixer is not None:
             self.mamba_mixer = build_module(
                 submodules.mamba_mixer,
@@ -86,6 +94,14 @@ class FalconH1Mixer(MegatronModule):
                 "Falcon-H1 has no cached decoding yet: call the model on the whole prefix without an inference "
                 "context, as `falcon-bridge generate` does"
             )
+        mix = partial(
+            self._mix, attention_mask=attention_mask, packed_seq_params=packed_seq_params, **attention_kwargs
+        )
+        if self.config.recompute_mixer and self.training and torch.is_grad_enabled():
+            return self._recomputed(mix, hidden_states), None
+        return mix(hidden_states), None
+
+    def _mix(self, hidden_states: Tensor, attention_mask, packed_seq_params, **attention_kwargs) -> Tensor:
         config = self.config
         out = None
         if self.attention is not None:
@@ -99,4 +115,14 @@ class FalconH1Mixer(MegatronModule):
             ssm, _ = self.mamba_mixer(hidden_states, packed_seq_params=packed_seq_params)
             scale = config.ssm_out_multiplier
             out = ssm * scale if out is None else torch.add(out, ssm, alpha=scale)
-        return out, None
+        return out
+
+    def _recomputed(self, mix: Callable[[Tensor], Tensor], hidden_states: Tensor) -> Tensor:
+        if not hidden_states.requires_grad:
+            # below the first adapter of a frozen model; a checkpoint without such an input would cut off the branches
+            hidden_states = hidden_states.detach().requires_grad_()
+        if not self.config.fp8:
+            return tensor_parallel.checkpoint(mix, False, hidden_states)
+        from megatron.core.extensions.transformer_engine import te_checkpoint
+
+        return te_checkpoint(mix, False, tensor_parallel.get_cuda_rng_tracker, self.tp_group, hidden_states)

@@ -39,6 +39,8 @@ class FalconH1ModelProvider(GPTModelProvider):
         chunk_size: Chunk of the fused scan; changes speed, not results (`mamba_chunk_size`).
         gated_norm: RMSNorm behind the SSM's gate (`mamba_rms_norm`).
         ssm_backend: "auto" takes mamba-ssm's kernels on GPU and pure torch on CPU; "torch" is pure torch anywhere.
+        recompute_mixer: Keep only the input of each mixer for the backward pass and run both branches again there.
+            Megatron's `recompute_modules` admits no name for it; it combines with "mlp" and "layernorm" of that list.
         max_position_embeddings: Context that the model claims in its Hugging Face config; `seq_length` where None.
             Training at another `seq_length` does not change it.
         bos_token_id, eos_token_id, pad_token_id: For the exported Hugging Face config.
@@ -77,6 +79,7 @@ class FalconH1ModelProvider(GPTModelProvider):
     chunk_size: int = 128
     gated_norm: bool = True
     ssm_backend: Literal["auto", "mamba_ssm", "torch"] = "auto"
+    recompute_mixer: bool = False
 
     max_position_embeddings: int | None = None
     bos_token_id: int | None = 1

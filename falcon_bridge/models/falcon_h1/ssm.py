@@ -6,6 +6,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.ssm import mamba_context_parallel
 from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
 from torch import Tensor
 
@@ -99,7 +100,15 @@ class FalconH1MambaMixer(MambaMixer):
 
         Returns:
             Output of hidden_states' shape, before `ssm_out_multiplier`, and no bias.
+
+        Raises:
+            ValueError: For packed rows under context parallelism without Transformer Engine.
         """
+        if packed_seq_params is not None and self.cp.cp_size > 1 and mamba_context_parallel.tex is None:
+            raise ValueError(
+                "packed rows under context parallelism need Transformer Engine, which knows how they are cut: set "
+                "context_parallel_size=1, or install falcon-bridge[gpu]"
+            )
         zxbcdt, _ = self.in_proj(hidden_states)
         zxbcdt = scale_segments(zxbcdt, self.in_proj.weight.partition_sizes, self._segment_scales())
         zxbcdt = self.cp.pre_conv_ssm(zxbcdt, packed_seq_params)

@@ -1,6 +1,8 @@
 """What a Falcon-H1 model cannot be or do, said in one line before anything is built."""
 
-from falcon_bridge.models.falcon_h1.pattern import ATTENTION, MAMBA, PARALLEL
+from megatron.core.tensor_parallel.random import HAVE_TE
+
+from falcon_bridge.models.falcon_h1.pattern import ATTENTION, MAMBA, MLP, PARALLEL
 
 
 def check_supported(config) -> None:
@@ -17,6 +19,7 @@ def check_supported(config) -> None:
         raise ValueError("num_attention_heads and mamba_num_heads must not be negative")
     _check_heads(config, pattern)
     _check_parallel_layout(config)
+    _check_recompute(config, pattern)
     unsupported = {
         "num_moe_experts": (config.num_moe_experts, "Falcon-H1 is dense: leave it unset"),
         "multi_latent_attention": (config.multi_latent_attention, "Falcon-H1 has grouped-query attention: unset it"),
@@ -27,6 +30,26 @@ def check_supported(config) -> None:
         "qk_layernorm": (config.qk_layernorm, "Falcon-H1 normalises neither queries nor keys: set it to False"),
         "rope_scaling": (config.rope_scaling, "RoPE scaling is not supported: set it to False"),
         "fp16": (config.fp16, "fp16 overflows in the SSM: use bf16"),
+        "window_size": (config.window_size, "Falcon-H1's attention sees the whole document: unset it"),
+        "attention_output_gate": (config.attention_output_gate, "Falcon-H1's attention has no gate: set it to False"),
+        "cross_entropy_fusion_impl": (
+            config.cross_entropy_loss_fusion and config.cross_entropy_fusion_impl == "te" and "te",
+            "Megatron warns that it is unstable: use 'native'",
+        ),
+        "cuda_graph_impl": (
+            config.cuda_graph_impl != "none" and config.cuda_graph_impl,
+            "CUDA graphs have not been shown to be right for Falcon-H1's mixer: set it to 'none'",
+        ),
+        "enable_cuda_graph": (config.enable_cuda_graph, "see cuda_graph_impl: set it to False"),
+        "external_cuda_graph": (config.external_cuda_graph, "see cuda_graph_impl: set it to False"),
+        "cpu_offloading": (
+            config.cpu_offloading,
+            "offloading has not been shown to be right for Falcon-H1's mixer: use recompute_granularity",
+        ),
+        "fine_grained_activation_offloading": (
+            config.fine_grained_activation_offloading,
+            "offloading has not been shown to be right for Falcon-H1's mixer: use recompute_granularity",
+        ),
     }
     for name, (value, remedy) in unsupported.items():
         if value:
@@ -53,6 +76,38 @@ def _check_heads(config, pattern: str) -> None:
         raise ValueError(f"mamba_num_heads={mamba} must be a multiple of mamba_num_groups={config.mamba_num_groups}")
 
 
+def _check_recompute(config, pattern: str) -> None:
+    granularity = config.recompute_granularity
+    modules = set(config.recompute_modules or ["core_attn"] if granularity == "selective" else ())
+    if granularity != "full":
+        for name in ("recompute_method", "recompute_num_layers", "distribute_saved_activations"):
+            if getattr(config, name):
+                raise ValueError(f"{name} would do nothing: set recompute_granularity='full', or unset {name}")
+    if granularity != "selective" and set(config.recompute_modules or ()) - {"core_attn"}:  # Megatron's default
+        raise ValueError(
+            f"recompute_modules={config.recompute_modules} would do nothing: set recompute_granularity='selective', "
+            "or unset recompute_modules"
+        )
+    if granularity == "full" and config.recompute_mixer:
+        raise ValueError("recompute_granularity='full' recomputes the mixers, too: set recompute_mixer=False")
+    attention = config.num_attention_heads > 0 and (PARALLEL in pattern or ATTENTION in pattern)
+    present = {"core_attn": attention, "mlp": PARALLEL in pattern or MLP in pattern, "layernorm": True}
+    for module in sorted(modules):
+        if not present.get(module):
+            known = ", ".join(repr(name) for name, there in present.items() if there)
+            raise ValueError(
+                f"recompute_modules has {module!r}, of which this model has none: use some of {known}; "
+                "recompute_mixer=True recomputes both branches of the mixer"
+            )
+    if "layernorm" in modules and not HAVE_TE:
+        raise ValueError(
+            "recompute_modules has 'layernorm', which Megatron recomputes with Transformer Engine only: leave it out, "
+            "or install falcon-bridge[gpu]"
+        )
+    if config.recompute_mixer and set(pattern) == {MLP}:
+        raise ValueError("recompute_mixer=True would do nothing: this model has MLP layers only")
+
+
 def _check_parallel_layout(config) -> None:
     tp = config.tensor_model_parallel_size
     for name in ("num_attention_heads", "mamba_num_heads", "ffn_hidden_size"):
@@ -67,6 +122,7 @@ def _check_parallel_layout(config) -> None:
             f"tensor_model_parallel_size={tp} must divide mamba_num_groups={groups}, or be a multiple of it that "
             f"divides groups·state = {groups * d_state}"
         )
+    _check_context_parallel(config)
     pp, layers = config.pipeline_model_parallel_size, config.num_layers
     uneven = (
         config.num_layers_in_first_pipeline_stage is not None
@@ -80,6 +136,16 @@ def _check_parallel_layout(config) -> None:
         raise ValueError(
             f"num_layers={layers} does not split evenly over {stages} pipeline stages: set "
             "num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage or pipeline_model_parallel_layout"
+        )
+
+
+def _check_context_parallel(config) -> None:
+    cp, heads = config.context_parallel_size, config.mamba_num_heads // config.tensor_model_parallel_size
+    groups = max(1, config.mamba_num_groups // config.tensor_model_parallel_size)
+    if heads and (heads % cp or (groups % cp and cp % groups)):
+        raise ValueError(
+            f"context_parallel_size={cp} must divide the {heads} SSM heads of a tensor-parallel rank, and divide its "
+            f"{groups} groups or be a multiple of them: the SSM branch splits heads over the context-parallel ranks"
         )
 
 

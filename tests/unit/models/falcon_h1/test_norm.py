@@ -40,7 +40,11 @@ def grouped(width, groups, eps, dtype=torch.float64):
 
 def plain(width, eps, dtype=torch.float64, sequence_parallel=False):
     with cpu_runtime():
-        norm = RMSNorm(SimpleNamespace(params_dtype=dtype, sequence_parallel=sequence_parallel), width, eps=eps)
+        norm = RMSNorm(
+            SimpleNamespace(use_cpu_initialization=False, params_dtype=dtype, sequence_parallel=sequence_parallel),
+            width,
+            eps=eps,
+        )
     with torch.no_grad():
         norm.weight.copy_(1 + 0.3 * draw(width, seed=5))
     return norm
