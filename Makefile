@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO_OUT ?= demo-out
+PYTEST_ARGS ?=
 
 # Several, because a `python3.12` on PATH may be a version manager's shim that does not run. Override with PYTHON=...
 PYTHON_CANDIDATES := $(if $(PYTHON),$(PYTHON),python3.12 $(wildcard $(HOME)/.pyenv/versions/3.12*/bin/python3.12) python3)
@@ -55,14 +56,8 @@ $(STAMP): requirements/uv.txt requirements/dev.txt pyproject.toml
 demo: $(STAMP)
 	$(BIN)/falcon-bridge demo --out $(DEMO_OUT) --force
 
-# The tests of compat run Megatron in their own process and leave threads behind; forked ranks of others hang on those.
 test: $(STAMP)
-ifdef PYTEST_ARGS
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
-else
-	$(BIN)/python -m pytest tests/unit/compat
-	$(BIN)/python -m pytest --ignore=tests/unit/compat
-endif
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

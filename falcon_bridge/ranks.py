@@ -24,6 +24,7 @@ from falcon_bridge.errors import FalconBridgeError, JobError, UserError, one_lin
 _PR_SET_PDEATHSIG = 1
 _TERMINATE_GRACE_SECONDS = 2.0
 _channel: multiprocessing.connection.Connection | None = None
+_inherited: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def _rank_main(setup: _RankSetup, rank: int, channel: Any, fn: Callable, args: t
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _channel = channel
+    _keep_inherited_groups()
     try:
         with _environment(setup, rank):
             _send(channel, _Message("result", fn(*args, **kwargs)))
@@ -163,6 +165,17 @@ def _rank_main(setup: _RankSetup, rank: int, channel: Any, fn: Callable, args: t
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(1)
+
+
+def _keep_inherited_groups() -> None:
+    """Never drop a process group that a forked rank inherited: its destructor joins threads that are not here.
+
+    Megatron's globals keep some of a parent's groups alive (`destroy_model_parallel` forgets a few) until
+    `initialize_model_parallel` overwrites them here, which would wait for ever.
+    """
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is not None:
+        _inherited.extend(list(value) if isinstance(value, list) else value for value in vars(state).values())
 
 
 @contextlib.contextmanager
