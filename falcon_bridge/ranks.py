@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import datetime
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -171,8 +172,10 @@ def _keep_inherited_groups() -> None:
     """Never drop a process group that a forked rank inherited: its destructor joins threads that are not here.
 
     Megatron's globals keep some of a parent's groups alive (`destroy_model_parallel` forgets a few) until
-    `initialize_model_parallel` overwrites them here, which would wait for ever.
+    `initialize_model_parallel` overwrites them here, which would wait for ever; others wait as garbage in cycles for
+    the next collection.
     """
+    gc.freeze()
     state = sys.modules.get("megatron.core.parallel_state")
     if state is not None:
         _inherited.extend(list(value) if isinstance(value, list) else value for value in vars(state).values())
