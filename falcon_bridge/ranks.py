@@ -41,6 +41,11 @@ def emit(event: Any) -> None:
         _send(_channel, _Message("event", event))
 
 
+def launched_as_rank() -> bool:
+    """Whether a launcher such as torchrun started this process as one of its ranks."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
+
+
 def run_ranks(
     fn: Callable[..., Any],
     world_size: int,

@@ -10,6 +10,7 @@ import typer
 from falcon_bridge.cli.devices import cpu_only
 from falcon_bridge.cli.session import DebugOption, JsonOption, Session, session
 from falcon_bridge.errors import JobError
+from falcon_bridge.ranks import launched_as_rank
 
 
 def train(
@@ -49,7 +50,7 @@ def train(
     """
     # a recipe for the CPU is one also where there is a GPU
     devices = cpu_only() if "cpu" in recipe.split("_") else contextlib.nullcontext()
-    with devices, session(json, debug, keep_logs=_launched()) as current:
+    with devices, session(json, debug, keep_logs=launched_as_rank()) as current:
         with current.status("importing Megatron, up to 30 s"):
             from falcon_bridge.training.run import configure
 
@@ -62,14 +63,9 @@ def train(
                 current.finish(result)
 
 
-def _launched() -> bool:
-    """Whether this process is a rank of torchrun's: its log is then what there is to see."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
-
-
 def _first_rank() -> bool:
     """Whether this process speaks for all ranks."""
-    return not _launched() or os.environ["RANK"] == "0"
+    return not launched_as_rank() or os.environ["RANK"] == "0"
 
 
 def _dry_run(current: Session, cfg: Any, processes: int | None) -> dict[str, Any]:
@@ -132,7 +128,7 @@ def _train(current: Session, cfg: Any, processes: int | None) -> dict[str, Any]:
             steps.append(event)
         return new
 
-    if _launched():  # Megatron's own log of the ranks is the progress
+    if launched_as_rank():  # Megatron's own log of the ranks is the progress
         run_pretrain(cfg, on_event=keep)
         if not _first_rank():
             return {}
@@ -155,7 +151,7 @@ def _train(current: Session, cfg: Any, processes: int | None) -> dict[str, Any]:
             f"steps {steps[0].iteration} to {steps[-1].iteration}: loss {steps[0].loss:.4f} → {steps[-1].loss:.4f} "
             f"in {seconds:.1f} s{saved}"
         )
-    elif _launched():
+    elif launched_as_rank():
         current.show(f"no step to report: done before, or stopped without a checkpoint{saved}")
     else:
         current.show(f"nothing to do: {cfg.checkpoint.load} has {cfg.train.train_iters} steps already")

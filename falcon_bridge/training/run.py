@@ -14,7 +14,7 @@ from falcon_bridge.conversion.megatron_checkpoint import (
     keep_hf_source,
 )
 from falcon_bridge.errors import UserError, one_line
-from falcon_bridge.ranks import run_ranks
+from falcon_bridge.ranks import launched_as_rank, run_ranks
 
 
 def preload() -> None:
@@ -25,11 +25,6 @@ def preload() -> None:
     from falcon_bridge.training import callbacks, launched  # noqa: F401
 
     preload_conversion()
-
-
-def launched_as_rank() -> bool:
-    """Whether a launcher such as torchrun started this process as one of its ranks."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()
 
 
 def configure(
