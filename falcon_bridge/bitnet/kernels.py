@@ -1,0 +1,183 @@
+"""Triton kernels of BitNet b1.58: one pass to quantise, and an int8 GEMM whose epilogue applies the scales.
+
+Each has its oracle in `reference.py` and gives the same codes bit for bit. For that, contraction into fused
+multiply-adds is off where a product is rounded before half is added, and divisions are IEEE's.
+"""
+
+import triton
+import triton.language as tl
+
+
+MAX_BLOCK_K = 16384
+"""Features of a token that one program holds in registers; longer rows are read twice."""
+
+
+@triton.jit
+def _to_code(scaled, scale, LOWEST: tl.constexpr, HIGHEST: tl.constexpr):
+    """Round half up and clamp; 0 where the scale is NaN, which then shows in the scale."""
+    code = tl.minimum(tl.maximum(tl.floor(scaled + 0.5), LOWEST), HIGHEST)
+    return tl.where(scale == scale, code, 0.0).to(tl.int8)
+
+
+@triton.jit
+def _finite_abs(x):
+    """|x| as fp32 with +inf for NaN, which a maximum would otherwise drop."""
+    magnitude = tl.abs(x.to(tl.float32))
+    return tl.where(magnitude < float("inf"), magnitude, float("inf"))
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x_ptr,
+    absmax_ptr,
+    codes_ptr,
+    scale_ptr,
+    K,
+    stride_x,
+    HAS_ABSMAX: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE_ROW: tl.constexpr,
+):
+    """One token a program: absmax, scale and int8 codes.
+
+    x `[m, k]` with unit stride over k; absmax fp32 `[m]`, the maximum over whole rows that x holds parts of; codes
+    int8 `[m, k]` contiguous; scale fp32 `[m]`. With WHOLE_ROW, BLOCK_K ≥ k and x is read once.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + row * stride_x
+    codes_row = codes_ptr + row * K
+    offsets = tl.arange(0, BLOCK_K)
+    if WHOLE_ROW:
+        x = tl.load(x_row + offsets, mask=offsets < K, other=0.0).to(tl.float32)
+        absmax = tl.max(_finite_abs(x), axis=0)
+    else:
+        largest = tl.zeros([BLOCK_K], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            block = tl.load(x_row + start + offsets, mask=start + offsets < K, other=0.0)
+            largest = tl.maximum(largest, _finite_abs(block))
+        absmax = tl.max(largest, axis=0)
+    finite = absmax < float("inf")
+    if HAS_ABSMAX:
+        absmax = tl.load(absmax_ptr + row)
+        finite = finite & (absmax < float("inf"))
+    # PyTorch divides a number by a tensor in these two roundings
+    scale = tl.where(finite, tl.div_rn(1.0, tl.maximum(absmax, 1e-5)) * 127.0, float("nan"))
+    tl.store(scale_ptr + row, scale)
+    if WHOLE_ROW:
+        tl.store(codes_row + offsets, _to_code(x * scale, scale, -128.0, 127.0), mask=offsets < K)
+    else:
+        for start in range(0, K, BLOCK_K):
+            block = tl.load(x_row + start + offsets, mask=start + offsets < K, other=0.0).to(tl.float32)
+            code = _to_code(block * scale, scale, -128.0, 127.0)
+            tl.store(codes_row + start + offsets, code, mask=start + offsets < K)
+
+
+@triton.jit
+def quantize_weight_kernel(
+    w_ptr,
+    row_scales_ptr,
+    codes_ptr,
+    N,
+    K,
+    stride_w,
+    stride_scales,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Ternary codes of a weight `[n, k]` with unit stride over k, by its rows' scales (stride 0: one for all)."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (rows < N)[:, None] & (columns < K)[None, :]
+    rows = rows.to(tl.int64)
+    scale = tl.load(row_scales_ptr + rows * stride_scales, mask=rows < N, other=1.0)[:, None]
+    w = tl.load(w_ptr + rows[:, None] * stride_w + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(codes_ptr + rows[:, None] * K + columns[None, :], _to_code(w * scale, scale, -1.0, 1.0), mask=mask)
+
+
+@triton.jit
+def dequantize_rows_kernel(
+    codes_ptr,
+    scales_ptr,
+    out_ptr,
+    N,
+    K,
+    stride_codes,
+    stride_scales,
+    IEEE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``codes / scale`` for int8 codes `[n, k]` with a scale a row (stride 0: one for all), in out's dtype.
+
+    Without IEEE, the rows' reciprocals multiply: a unit in fp32's last place, which rounding to bf16 mostly hides.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = (rows < N)[:, None] & (columns < K)[None, :]
+    rows = rows.to(tl.int64)
+    scale = tl.load(scales_ptr + rows * stride_scales, mask=rows < N, other=1.0)[:, None]
+    codes = tl.load(codes_ptr + rows[:, None] * stride_codes + columns[None, :], mask=mask, other=0)
+    if IEEE:
+        value = tl.div_rn(codes.to(tl.float32), tl.broadcast_to(scale, (BLOCK_N, BLOCK_K)))
+    else:
+        value = codes.to(tl.float32) * (1.0 / scale)
+    tl.store(out_ptr + rows[:, None] * K + columns[None, :], value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rescale(product, scale):
+    """``product / scale``: the quotient of an approximate reciprocal, corrected once, rounds as IEEE's does.
+
+    Half the instructions of a division, which the epilogue of a short GEMM feels.
+    """
+    reciprocal = 1.0 / scale
+    quotient = product * reciprocal
+    return tl.fma(tl.fma(-quotient, scale, product), reciprocal, quotient)
+
+
+@triton.jit
+def scaled_int8_gemm_kernel(
+    q_desc,
+    w_desc,
+    y_ptr,
+    scale_ptr,
+    row_scales_ptr,
+    M,
+    N,
+    K,
+    stride_scales,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    IEEE: tl.constexpr,
+):
+    """``y = (q @ wᵀ) / (a · s)``: exact int32 products of int8 codes, scaled in fp32, rounded once.
+
+    q int8 `[m, k]` and w int8 `[n, k]` as tensor descriptors with blocks (BLOCK_M, BLOCK_K) and (BLOCK_N, BLOCK_K);
+    y `[m, n]` contiguous; scale a fp32 `[m]`; row_scales s fp32 `[n]` (stride 0: one for all).
+    """
+    program = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    # neighbours in time share tiles of both operands in L2
+    group = program // (GROUP_M * tiles_n)
+    first_m = group * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    start_m = (first_m + (program % (GROUP_M * tiles_n)) % group_m) * BLOCK_M
+    start_n = ((program % (GROUP_M * tiles_n)) // group_m) * BLOCK_N
+    product = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start_k in range(0, K, BLOCK_K):
+        q = q_desc.load([start_m, start_k])
+        w = w_desc.load([start_n, start_k])
+        product = tl.dot(q, w.T, product, out_dtype=tl.int32)
+    rows = start_m + tl.arange(0, BLOCK_M)
+    columns = start_n + tl.arange(0, BLOCK_N)
+    a = tl.load(scale_ptr + rows, mask=rows < M, other=1.0)[:, None]
+    s = tl.load(row_scales_ptr + columns * stride_scales, mask=columns < N, other=1.0)[None, :]
+    if IEEE:
+        y = tl.div_rn(product.to(tl.float32), a * s)
+    else:
+        y = _rescale(product.to(tl.float32), a * s)
+    out = y_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(out, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
