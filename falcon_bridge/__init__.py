@@ -13,6 +13,7 @@ of the names below.
 
 from importlib import import_module
 
+from falcon_bridge import bitnet  # noqa: F401  `falcon_bridge.bitnet.BitNetColumnParallelLinear`; imports no torch
 from falcon_bridge.compat.imports import allow_missing_dependencies
 from falcon_bridge.compat.post_import import when_imported
 from falcon_bridge.registration import register

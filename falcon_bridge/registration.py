@@ -6,6 +6,7 @@ def register() -> None:
 
     Upstream registers a bridge for FalconH1ForCausalLM while it is imported; ours comes after it and wins.
     """
+    from megatron.bridge.models.conversion.param_mapping import AutoMapping
     from megatron.bridge.utils.instantiate_utils import register_allowed_target_prefix
 
     from falcon_bridge.compat import patch_missing_helpers_makefile
@@ -13,6 +14,8 @@ def register() -> None:
 
     # without it, a saved run_config.yaml that names our classes is refused
     register_allowed_target_prefix("falcon_bridge.")
+    AutoMapping.register_module_type("BitNetColumnParallelLinear", "column")
+    AutoMapping.register_module_type("BitNetRowParallelLinear", "row")
     patch_missing_helpers_makefile()
     repair_optimizer_state()
     import falcon_bridge.models.falcon_h1.bridge  # noqa: F401  registers itself

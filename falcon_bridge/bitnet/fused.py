@@ -6,6 +6,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from falcon_bridge.bitnet.kernels import (
     MAX_BLOCK_K,
+    abs_row_sums_kernel,
     dequantize_rows_kernel,
     quantize_rows_kernel,
     quantize_weight_kernel,
@@ -15,6 +16,8 @@ from falcon_bridge.bitnet.kernels import (
 
 _ALIGNMENT = 16
 """Bytes to which the copy engine wants rows aligned."""
+
+_SUM_BLOCK = 1024
 
 _ELEMENTWISE_TILE = {"BLOCK_N": 8, "BLOCK_K": 1024, "num_warps": 8}
 
@@ -53,6 +56,15 @@ class FusedBackend:
             enable_fp_fusion=False,
         )
         return codes, scale
+
+    def abs_row_sums(self, W: torch.Tensor) -> torch.Tensor:
+        """Sums of |W| over each row of W `[n, k]`, fp64 `[n]`."""
+        n, k = W.shape
+        W = W if W.stride(1) == 1 or k == 1 else W.contiguous()
+        sums = torch.empty(n, dtype=torch.float64, device=W.device)
+        if n:
+            abs_row_sums_kernel[(n,)](W, sums, k, W.stride(0), BLOCK_K=min(triton.next_power_of_2(k), _SUM_BLOCK))
+        return sums
 
     def quantize_weight(self, W: torch.Tensor, row_scales: torch.Tensor) -> torch.Tensor:
         """Ternary codes int8 `[n, k]` of W `[n, k]` by the fp32 scales `[n]` or `[1]` of its rows."""

@@ -73,6 +73,18 @@ def quantize_rows_kernel(
 
 
 @triton.jit
+def abs_row_sums_kernel(w_ptr, sums_ptr, K, stride_w, BLOCK_K: tl.constexpr):
+    """Sums of |w| over the rows of a weight `[n, k]` with unit stride over k: one row a program, fp64 `[n]`."""
+    row = tl.program_id(0).to(tl.int64)
+    offsets = tl.arange(0, BLOCK_K)
+    total = tl.zeros([BLOCK_K], tl.float64)
+    for start in range(0, K, BLOCK_K):
+        w = tl.load(w_ptr + row * stride_w + start + offsets, mask=start + offsets < K, other=0.0)
+        total += tl.abs(w.to(tl.float64))
+    tl.store(sums_ptr + row, tl.sum(total, axis=0))
+
+
+@triton.jit
 def quantize_weight_kernel(
     w_ptr,
     row_scales_ptr,

@@ -80,7 +80,7 @@ def quantize_weight_segmented(
     else:
         _check_scales(scales, num_segments)
         scales = torch.where(sums.isfinite(), scales, torch.nan)
-    return _codes(W.float() * _by_row(scales, row_segments)[:, None], -1, 1), scales
+    return round_to_codes(W.float() * _by_row(scales, row_segments)[:, None], -1, 1), scales
 
 
 @torch.no_grad()
@@ -106,7 +106,7 @@ def quantize_activation(x: torch.Tensor, absmax: torch.Tensor | None = None) -> 
     elif absmax.dtype != torch.float32 or absmax.shape != local_absmax.shape:
         raise ValueError(f"absmax must be float32 {list(local_absmax.shape)}, got {absmax.dtype} {list(absmax.shape)}")
     scale = activation_scale(torch.where(local_absmax.isfinite(), absmax, torch.nan))
-    return _codes(x.float() * scale, -128, 127), scale
+    return round_to_codes(x.float() * scale, -128, 127), scale
 
 
 def bitlinear(
@@ -178,7 +178,7 @@ class _BitLinear(torch.autograd.Function):
             codes if W_needs_grad else None,
             scale if W_needs_grad else None,
         )
-        return (_product_of_codes(codes, weight_codes) / (scale * row_scales)).to(x.dtype)
+        return (product_of_codes(codes, weight_codes) / (scale * row_scales)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -196,13 +196,19 @@ class _BitLinear(torch.autograd.Function):
         return grad_x, grad_W, None, None, None
 
 
-def _codes(scaled: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
-    """Round half up into int8; NaN becomes 0, which shows because its scale is NaN."""
+def round_to_codes(scaled: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
+    """Round half up into int8 codes, contiguous.
+
+    Args:
+        scaled: Values times their scales, fp32, any shape; NaN becomes 0, which shows because its scale is NaN.
+        lowest: The least code.
+        highest: The greatest.
+    """
     return (scaled + 0.5).floor().clamp(lowest, highest).nan_to_num(0).to(torch.int8).contiguous()
 
 
-def _product_of_codes(codes: torch.Tensor, weight_codes: torch.Tensor) -> torch.Tensor:
-    """``codes @ weight_codesᵀ`` as fp32: exact integers, correctly rounded beyond 2^24."""
+def product_of_codes(codes: torch.Tensor, weight_codes: torch.Tensor) -> torch.Tensor:
+    """``codes @ weight_codesᵀ`` of int8 `[..., k]` and `[n, k]` as fp32: exact integers, rounded beyond 2^24."""
     exact_in_fp32 = codes.shape[-1] <= FP32_EXACT_IN_FEATURES
     dtype = torch.float32 if exact_in_fp32 else torch.float64
     with torch.autocast(codes.device.type, enabled=False):

@@ -43,8 +43,12 @@ def abs_sums(
         ValueError: The weight is not a floating-point matrix, or the map does not fit it.
     """
     check_weight(W_local, row_segments, num_segments)
-    row_sums = W_local.abs().sum(dim=1, dtype=torch.float64)
-    return _sum_by_segment(row_sums, row_segments, num_segments, counted_rows)
+    return sum_by_segment(abs_row_sums(W_local), row_segments, num_segments, counted_rows)
+
+
+def abs_row_sums(W_local: torch.Tensor) -> torch.Tensor:
+    """Sums of |W| over each row of `[out, in]`, fp64 `[out]`."""
+    return W_local.abs().sum(dim=1, dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -64,7 +68,7 @@ def element_counts(
     check_weight(W_local, row_segments, num_segments)
     out_features, in_features = W_local.shape
     row_counts = torch.full((out_features,), in_features, dtype=torch.float64, device=W_local.device)
-    return _sum_by_segment(row_counts, row_segments, num_segments, counted_rows)
+    return sum_by_segment(row_counts, row_segments, num_segments, counted_rows)
 
 
 def scales_from(sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -110,12 +114,20 @@ def _nan_unless_finite(statistic: torch.Tensor) -> torch.Tensor:
     return torch.where(statistic.isfinite(), statistic, torch.nan)
 
 
-def _sum_by_segment(
+def sum_by_segment(
     row_values: torch.Tensor,
-    row_segments: torch.Tensor | None,
-    num_segments: int,
-    counted_rows: torch.Tensor | None,
+    row_segments: torch.Tensor | None = None,
+    num_segments: int = 1,
+    counted_rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    """Sums of values of rows for each Hugging Face matrix, fp64 `[num_segments]`.
+
+    Args:
+        row_values: fp64 `[out]`.
+        row_segments: Integers `[out]` on its device, the matrix each row belongs to; None where there is one.
+        num_segments: Matrices in the weight.
+        counted_rows: bool `[out]`, False for rows that are left out; None for all.
+    """
     if row_segments is None:
         row_segments = torch.zeros(row_values.shape, dtype=torch.int64, device=row_values.device)
     chosen = row_segments == torch.arange(num_segments, device=row_values.device)[:, None]

@@ -52,6 +52,7 @@ def test_codes_scales_and_products_are_the_oracles(backend, shape, dtype):
 
     assert torch.equal(codes, expected_codes) and torch.equal(scale, expected_scale)
     assert torch.equal(backend.quantize_weight(W, row_scales), weight_codes)
+    torch.testing.assert_close(backend.abs_row_sums(W), W.double().abs().sum(1), rtol=1e-14, atol=0)
     integers = codes.double() @ weight_codes.double().T  # exact: |sum| < 2^53
     expected = (integers.float() / (scale * row_scales)).to(dtype)
     assert torch.equal(backend.forward(codes, scale, weight_codes, row_scales, dtype), expected)
@@ -113,5 +114,5 @@ def test_more_than_2_to_31_elements(backend):
     del x
     weight_codes = torch.randint(-1, 2, (64, k), device="cuda", dtype=torch.int8)
     y = backend.forward(codes, scale, weight_codes, torch.ones(1, device="cuda"), torch.bfloat16)
-    expected = reference._product_of_codes(codes[-1:], weight_codes) / scale[-1:]
+    expected = reference.product_of_codes(codes[-1:], weight_codes) / scale[-1:]
     assert torch.equal(y[-1:], expected.bfloat16())

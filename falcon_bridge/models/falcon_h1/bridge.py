@@ -15,6 +15,7 @@ from megatron.bridge.models.conversion.param_mapping import (
     RowParallelMapping,
 )
 
+from falcon_bridge.bitnet.codes import invalidate
 from falcon_bridge.models.falcon_h1.hf_config import check_hf_config, hf_config_fields
 from falcon_bridge.models.falcon_h1.model import FalconH1Model
 from falcon_bridge.models.falcon_h1.provider import FalconH1ModelProvider
@@ -82,6 +83,12 @@ class FalconH1Bridge(MegatronModelBridge):
         ("mlp_multipliers", "mlp_multipliers"),
         ("ssm_multipliers", "ssm_multipliers"),
     ]
+
+    def load_weights_hf_to_megatron(self, *args, **kwargs):
+        """Load a checkpoint, and have ternary weights quantised anew: Bridge writes past PyTorch's version counts."""
+        loaded = super().load_weights_hf_to_megatron(*args, **kwargs)
+        invalidate()
+        return loaded
 
     def provider_bridge(self, hf_pretrained) -> FalconH1ModelProvider:
         """Translate the config.

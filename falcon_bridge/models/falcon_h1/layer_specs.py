@@ -1,5 +1,6 @@
-"""Module specs: which classes a Falcon-H1 layer is made of, with and without Transformer Engine."""
+"""Module specs: which classes a Falcon-H1 layer is made of, with and without Transformer Engine and BitNet."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from falcon_bridge.bitnet.linear import BitNetColumnParallelLinear, BitNetRowParallelLinear
 from falcon_bridge.models.falcon_h1.attention import FalconH1SelfAttention, TorchDotProductAttention
 from falcon_bridge.models.falcon_h1.mixer import FalconH1Mixer, FalconH1MixerSubmodules
 from falcon_bridge.models.falcon_h1.mlp import FalconH1MLP
@@ -35,31 +37,52 @@ class FalconH1Layer(TransformerLayer):
 
 @dataclass(frozen=True)
 class Backend:
-    """The building blocks of one implementation."""
+    """The building blocks of one implementation, each a class or what builds one.
 
-    column_parallel_linear: type
-    row_parallel_linear: type
+    Attributes:
+        column_parallel_linear: For a single matrix.
+        row_parallel_linear: Likewise.
+        qkv_linear: Column-parallel, for the fused q, k and v.
+        gate_up_linear: Column-parallel, for the fused gate and up.
+        norm: RMSNorm.
+        core_attention: Attention of q, k and v.
+    """
+
+    column_parallel_linear: Callable
+    row_parallel_linear: Callable
+    qkv_linear: Callable
+    gate_up_linear: Callable
     norm: type
     core_attention: type
 
 
 def backend_for(config) -> Backend:
-    """Transformer Engine's blocks or Megatron's local ones, by `config.transformer_impl`.
+    """Transformer Engine's blocks or Megatron's local ones; with `use_bitnet`, BitNet linears among either.
+
+    Args:
+        config: Any TransformerConfig; `transformer_impl` and, where there is one, `use_bitnet` are read.
 
     Raises:
         ValueError: If the implementation is not one of "transformer_engine" and "local".
     """
     if config.transformer_impl == "local":
-        local = LocalSpecProvider()
-        return Backend(local.column_parallel_linear(), local.row_parallel_linear(), RMSNorm, TorchDotProductAttention)
-    if config.transformer_impl != "transformer_engine":
+        blocks, norm, core_attention = LocalSpecProvider(), RMSNorm, TorchDotProductAttention
+    elif config.transformer_impl == "transformer_engine":
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        blocks = TESpecProvider()
+        norm, core_attention = blocks.layer_norm(), blocks.core_attention()
+    else:
         raise ValueError(
             f"transformer_impl={config.transformer_impl!r} is not supported: use 'transformer_engine' or 'local'"
         )
-    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-    te = TESpecProvider()
-    return Backend(te.column_parallel_linear(), te.row_parallel_linear(), te.layer_norm(), te.core_attention())
+    if getattr(config, "use_bitnet", False):
+        column, row = BitNetColumnParallelLinear, BitNetRowParallelLinear
+        qkv, gate_up = partial(column, matrices="qkv"), partial(column, matrices="gate_up")
+    else:
+        column, row = blocks.column_parallel_linear(), blocks.row_parallel_linear()
+        qkv = gate_up = column
+    return Backend(column, row, qkv, gate_up, norm, core_attention)
 
 
 def falcon_h1_layer_spec(config, symbol: str = PARALLEL) -> ModuleSpec:
@@ -86,9 +109,7 @@ def falcon_h1_layer_spec(config, symbol: str = PARALLEL) -> ModuleSpec:
         submodules.pre_mlp_layernorm = backend.norm
         submodules.mlp = partial(
             FalconH1MLP.as_mlp_submodule,
-            submodules=MLPSubmodules(
-                linear_fc1=backend.column_parallel_linear, linear_fc2=backend.row_parallel_linear
-            ),
+            submodules=MLPSubmodules(linear_fc1=backend.gate_up_linear, linear_fc2=backend.row_parallel_linear),
         )
         submodules.mlp_bda = get_bias_dropout_add
     return ModuleSpec(module=FalconH1Layer, submodules=submodules)
@@ -131,7 +152,7 @@ def _attention(backend: Backend) -> ModuleSpec:
         module=FalconH1SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=backend.column_parallel_linear,
+            linear_qkv=backend.qkv_linear,
             core_attention=backend.core_attention,
             linear_proj=backend.row_parallel_linear,
         ),

@@ -27,6 +27,10 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device)
         self.weight.sequence_parallel = config.sequence_parallel
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise `[..., hidden_size]` into the weight's dtype, also an fp32 stream (`fp32_residual_connection`)."""
+        return super().forward(x).to(self.weight.dtype)
+
 
 class GroupedRMSNorm(nn.Module):
     """RMSNorm over groups of channels that are sharded over tensor-parallel ranks (`mamba_rms_norm` of Falcon-H1).

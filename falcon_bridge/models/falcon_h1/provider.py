@@ -30,6 +30,10 @@ def default_transformer_impl() -> str:
     return "transformer_engine" if has_te and torch.cuda.is_available() else "local"
 
 
+def _has_fused_rope() -> bool:
+    return default_transformer_impl() == "transformer_engine"
+
+
 @dataclass
 class FalconH1ModelProvider(GPTModelProvider):
     """Configuration and factory of a Falcon-H1 model.
@@ -41,6 +45,12 @@ class FalconH1ModelProvider(GPTModelProvider):
         ssm_backend: "auto" takes mamba-ssm's kernels on GPU and pure torch on CPU; "torch" is pure torch anywhere.
         recompute_mixer: Keep only the input of each mixer for the backward pass and run both branches again there.
             Megatron's `recompute_modules` admits no name for it; it combines with "mlp" and "layernorm" of that list.
+        use_bitnet: BitNet b1.58: ternary weights and int8 activations in the projections of attention, SSM and MLP
+            (`bitnet.modules.TERNARY_MODULES`). Parameters and checkpoints are those of the dense model.
+        bitnet_backend: What computes them (`bitnet.backends.CHOICES`); "auto" takes fused kernels on GPU and pure
+            torch on CPU.
+        bitnet_gradient_accumulation_fusion: Add their weights' gradients to Megatron's `main_grad` as they are
+            computed, which needs no APEX, unlike `gradient_accumulation_fusion` of the other layers.
         max_position_embeddings: Context that the model claims in its Hugging Face config; `seq_length` where None.
             Training at another `seq_length` does not change it.
         bos_token_id, eos_token_id, pad_token_id: For the exported Hugging Face config.
@@ -68,6 +78,7 @@ class FalconH1ModelProvider(GPTModelProvider):
     is_hybrid_model: bool = True
     transformer_impl: str = field(default_factory=default_transformer_impl)
     transformer_layer_spec: object = falcon_h1_block_spec
+    apply_rope_fusion: bool = field(default_factory=_has_fused_rope)
     bias_dropout_fusion: bool = True
     bias_activation_fusion: bool = False
 
@@ -80,6 +91,9 @@ class FalconH1ModelProvider(GPTModelProvider):
     gated_norm: bool = True
     ssm_backend: Literal["auto", "mamba_ssm", "torch"] = "auto"
     recompute_mixer: bool = False
+    use_bitnet: bool = False
+    bitnet_backend: Literal["auto", "reference", "onebitllms", "fused"] = "auto"
+    bitnet_gradient_accumulation_fusion: bool = True
 
     max_position_embeddings: int | None = None
     bos_token_id: int | None = 1
@@ -182,7 +196,7 @@ class FalconH1ModelProvider(GPTModelProvider):
         if post_process is None:
             post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pp_group)
         self._vp_stage = vp_stage
-        if self.init_model_with_meta_device and self.transformer_impl == "local":
+        if self.init_model_with_meta_device and (self.transformer_impl == "local" or self.use_bitnet):
             # Megatron's own layers name the current CUDA device, which beats meta, unless told to start on CPU
             self.use_cpu_initialization = True
         spec = self.transformer_layer_spec

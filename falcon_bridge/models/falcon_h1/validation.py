@@ -2,6 +2,7 @@
 
 from megatron.core.tensor_parallel.random import HAVE_TE
 
+from falcon_bridge.bitnet.validation import check_bitnet
 from falcon_bridge.models.falcon_h1.pattern import ATTENTION, MAMBA, MLP, PARALLEL
 
 
@@ -20,6 +21,8 @@ def check_supported(config) -> None:
     _check_heads(config, pattern)
     _check_parallel_layout(config)
     _check_recompute(config, pattern)
+    check_bitnet(config)
+    _check_fp8(config, pattern)
     unsupported = {
         "num_moe_experts": (config.num_moe_experts, "Falcon-H1 is dense: leave it unset"),
         "multi_latent_attention": (config.multi_latent_attention, "Falcon-H1 has grouped-query attention: unset it"),
@@ -108,6 +111,38 @@ def _check_recompute(config, pattern: str) -> None:
         raise ValueError("recompute_mixer=True would do nothing: this model has MLP layers only")
 
 
+def _check_fp8(config, pattern: str) -> None:
+    if not config.fp8:
+        return
+    if config.transformer_impl != "transformer_engine":
+        raise ValueError(
+            "fp8 needs Transformer Engine: set transformer_impl='transformer_engine' on a GPU, or fp8=None"
+        )
+    tp, hidden, ffn = config.tensor_model_parallel_size, config.hidden_size, config.ffn_hidden_size
+    attention = config.num_attention_heads > 0 and (PARALLEL in pattern or ATTENTION in pattern)
+    mamba = config.mamba_num_heads > 0 and (PARALLEL in pattern or MAMBA in pattern)
+    head_dim = config.kv_channels or (hidden // config.num_attention_heads if attention else 0)
+    key_value_heads = max(1, (config.num_query_groups or config.num_attention_heads) // tp)
+    in_proj = 2 * config.d_ssm + 2 * config.mamba_num_groups * config.mamba_state_dim + config.mamba_num_heads
+    # what a rank's linear layers contract over, forward or backward
+    widths = {
+        "hidden_size": hidden,
+        "ffn_hidden_size / tp": ffn / tp if PARALLEL in pattern or MLP in pattern else 0,
+        "query channels / tp": config.num_attention_heads * head_dim / tp if attention else 0,
+        "query, key and value channels of a rank": (
+            (config.num_attention_heads // tp + 2 * key_value_heads) * head_dim if attention else 0
+        ),
+        "d_ssm / tp": config.d_ssm / tp if mamba else 0,
+        "in_proj's output (2·d_ssm + 2·groups·state + SSM heads) / tp": in_proj / tp if mamba else 0,
+    }
+    for name, width in widths.items():
+        if width % 16:
+            raise ValueError(
+                f"fp8={config.fp8!r} needs widths that are multiples of 16, but {name} is {width:g}: set fp8=None, or "
+                "change tensor_model_parallel_size or the width (for in_proj, mamba_num_heads a multiple of 16·tp)"
+            )
+
+
 def _check_parallel_layout(config) -> None:
     tp = config.tensor_model_parallel_size
     for name in ("num_attention_heads", "mamba_num_heads", "ffn_hidden_size"):
@@ -146,6 +181,12 @@ def _check_context_parallel(config) -> None:
         raise ValueError(
             f"context_parallel_size={cp} must divide the {heads} SSM heads of a tensor-parallel rank, and divide its "
             f"{groups} groups or be a multiple of them: the SSM branch splits heads over the context-parallel ranks"
+        )
+    pattern = config.resolve_layer_pattern()
+    attention = config.num_attention_heads > 0 and (PARALLEL in pattern or ATTENTION in pattern)
+    if cp > 1 and attention and config.transformer_impl == "transformer_engine" and not config.bf16:
+        raise ValueError(
+            "Transformer Engine's attention has context parallelism in bf16 only: use bf16, or context_parallel_size=1"
         )
 
 

@@ -1,32 +1,15 @@
-"""The Triton kernels in Triton's interpreter, fp32 on the CPU, against the oracle.
-
-Triton decides on import whether it interprets, so the tests run in a process of their own.
-"""
-
-import os
-import subprocess
-import sys
+"""The fused backend's kernels in Triton's interpreter, fp32 on the CPU, against the oracle."""
 
 import pytest
 import torch
 
 from falcon_bridge.bitnet import reference
+from tests.unit.interpreter import interpreted, not_interpreted, run_in_interpreter
 
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the process that test_in_the_interpreter starts")
-
-
-@pytest.mark.skipif(INTERPRETED, reason="is what started this process")
+@not_interpreted
 def test_in_the_interpreter():
-    pytest.importorskip("triton")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0 and "6 passed" in run.stdout, run.stdout + run.stderr
+    run_in_interpreter(__file__, tests=6)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +36,7 @@ def test_codes_scales_and_products_are_the_oracles(fused, m, k, n):
         expected_codes, expected_scale = reference.quantize_activation(x, given)
         assert torch.equal(codes, expected_codes) and torch.equal(scale, expected_scale)
     assert torch.equal(backend.quantize_weight(W, row_scales), weight_codes)
+    torch.testing.assert_close(backend.abs_row_sums(W), W.double().abs().sum(1), rtol=1e-14, atol=0)
     expected = (codes.float() @ weight_codes.float().T) / (scale * row_scales)
     assert torch.equal(backend.forward(codes, scale, weight_codes, row_scales, torch.float32), expected)
     assert torch.equal(fused.dequantize(codes, scale.view(-1), torch.float32), codes.float() / scale)
