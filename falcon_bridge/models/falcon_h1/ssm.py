@@ -110,7 +110,10 @@ class FalconH1MambaMixer(MambaMixer):
                 "context_parallel_size=1, or install falcon-bridge[gpu]"
             )
         zxbcdt, _ = self.in_proj(hidden_states)
-        zxbcdt = scale_segments(zxbcdt, self.in_proj.weight.partition_sizes, self._segment_scales())
+        # conv and scan read the batch first, and the multipliers' pass lays it out so
+        zxbcdt = scale_segments(
+            zxbcdt, self.in_proj.weight.partition_sizes, self._segment_scales(), batch_first=self.cp.cp_size == 1
+        )
         zxbcdt = self.cp.pre_conv_ssm(zxbcdt, packed_seq_params)
         packed_seq_params = _covering_the_row(packed_seq_params, zxbcdt.shape[0])
         scan = self._ssm_training if self._use_mamba_ssm(zxbcdt) else self._ssm_torch

@@ -76,6 +76,15 @@ def test_scales_of_one_cost_nothing():
     assert scale_segments(x, SIZES, [1.0] * len(SIZES)) is x
 
 
+@pytest.mark.parametrize("scales", [SCALES, [1.0] * len(SIZES)])
+def test_batch_first_changes_the_layout_only(scales):
+    x, dy = draw(3, 2, 16), draw(3, 2, 16, seed=1)
+    expected = value_and_gradient(lambda x: scale_segments(x, SIZES, scales), x, dy)
+    y, dx = value_and_gradient(lambda x: scale_segments(x, SIZES, scales, batch_first=True), x, dy)
+    assert y.transpose(0, 1).is_contiguous() and dx.is_contiguous()
+    torch.testing.assert_close((y, dx), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("sizes", [(5, 3), (16, 1)])
 def test_segments_that_do_not_cover_the_row_are_an_error(sizes):
     with pytest.raises((RuntimeError, ValueError)):
@@ -83,7 +92,7 @@ def test_segments_that_do_not_cover_the_row_are_an_error(sizes):
 
 
 def test_fewer_scales_than_segments_are_an_error():
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="4 scales"):
         scale_segments(draw(4, 16), SIZES, SCALES[:-1])
 
 
