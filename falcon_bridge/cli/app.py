@@ -111,6 +111,7 @@ def _options(
 
 def _register() -> None:
     from falcon_bridge.cli.convert import convert
+    from falcon_bridge.cli.data import data
     from falcon_bridge.cli.demo import demo
     from falcon_bridge.cli.generate import generate
     from falcon_bridge.cli.launch import launch
@@ -122,6 +123,7 @@ def _register() -> None:
     for verb in (demo, verify, train, launch, generate, models, recipes):
         app.command()(verb)
     app.add_typer(convert)
+    app.add_typer(data)
 
 
 _register()
