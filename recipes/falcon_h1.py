@@ -3,7 +3,7 @@
 from megatron.bridge.training.config import ConfigContainer
 
 from falcon_bridge.models.falcon_h1 import sizes
-from falcon_bridge.recipes._builder import falcon_h1_pretrain
+from falcon_bridge.recipes._falcon_h1 import falcon_h1_pretrain
 
 
 def falcon_h1_90m_pretrain_config() -> ConfigContainer:
@@ -14,6 +14,12 @@ def falcon_h1_90m_pretrain_config() -> ConfigContainer:
 def falcon_h1_500m_pretrain_config() -> ConfigContainer:
     """Falcon-H1-0.5B from scratch: one GPU and up."""
     return falcon_h1_pretrain("falcon_h1_500m", sizes.FalconH1ModelProvider500M(), micro_batch_size=4)
+
+
+def falcon_h1_500m_bitnet_pretrain_config() -> ConfigContainer:
+    """Falcon-H1-0.5B with BitNet b1.58 linear layers, from scratch: one GPU and up."""
+    model = sizes.FalconH1ModelProvider500M(use_bitnet=True)
+    return falcon_h1_pretrain("falcon_h1_500m_bitnet", model, micro_batch_size=4)
 
 
 def falcon_h1_1p5b_pretrain_config() -> ConfigContainer:

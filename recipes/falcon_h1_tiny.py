@@ -1,14 +1,52 @@
-"""The recipe of the main job: a Falcon-H1 that learns on two CPU cores within a minute."""
+"""Recipes for two CPU cores: the main job's pretraining, and fine-tuning at the same scale."""
 
 from megatron.bridge.training.config import ConfigContainer
 
 from falcon_bridge.models.falcon_h1.provider import FalconH1ModelProvider
-from falcon_bridge.recipes._builder import falcon_h1_pretrain, on_cpu
+from falcon_bridge.recipes._common import on_cpu
+from falcon_bridge.recipes._falcon_h1 import falcon_h1_peft, falcon_h1_pretrain, falcon_h1_sft
+from falcon_bridge.recipes.schedule import warmup_stable_decay
 
 
 def falcon_h1_tiny_cpu_pretrain_config() -> ConfigContainer:
     """A small Falcon-H1 on CPU, fp32 over gloo: about a minute on two cores."""
-    model = FalconH1ModelProvider(
+    cfg = falcon_h1_pretrain(
+        "falcon_h1_tiny_cpu", _model(), seq_length=128, global_batch_size=8, micro_batch_size=8, train_iters=200
+    )
+    cfg.scheduler.lr_warmup_iters = 10
+    # the released learning rate is for a larger model and batches of millions of tokens
+    cfg.optimizer.lr, cfg.optimizer.min_lr = 4e-3, 5e-4
+    cfg.optimizer.adam_eps = 1e-8
+    cfg.validation.eval_interval, cfg.validation.eval_iters = 100, 2
+    cfg.dataset.split = "90,5,5"
+    cfg.checkpoint.save_interval = 100
+    return on_cpu(cfg)
+
+
+def falcon_h1_tiny_cpu_sft_config() -> ConfigContainer:
+    """A small Falcon-H1 fine-tuned on packed chats on CPU, fp32 over gloo."""
+    return _fine_tuned(falcon_h1_sft("falcon_h1_tiny_cpu_sft", _model(), seq_length=256, global_batch_size=4), 2e-3)
+
+
+def falcon_h1_tiny_cpu_peft_config(peft_scheme: str = "lora") -> ConfigContainer:
+    """A small Falcon-H1 with LoRA (or ``peft_scheme="dora"``) on packed chats on CPU, fp32 over gloo."""
+    cfg = falcon_h1_peft("falcon_h1_tiny_cpu_peft", _model(), peft_scheme, seq_length=256, global_batch_size=4)
+    cfg.peft.dim = 8
+    cfg.peft.alpha = 16
+    return _fine_tuned(cfg, 1e-2)
+
+
+def _fine_tuned(cfg: ConfigContainer, lr: float) -> ConfigContainer:
+    """The schedule of a run of 100 steps, which the released one would not fit into."""
+    warmup_stable_decay(cfg, lr, warmup=5, stable=45, decay=50)
+    cfg.optimizer.adam_eps = 1e-8
+    cfg.validation.eval_interval, cfg.validation.eval_iters = 100, 2
+    cfg.checkpoint.save_interval = 100
+    return on_cpu(cfg)
+
+
+def _model() -> FalconH1ModelProvider:
+    return FalconH1ModelProvider(
         num_layers=4,
         hidden_size=128,
         ffn_hidden_size=256,
@@ -35,14 +73,3 @@ def falcon_h1_tiny_cpu_pretrain_config() -> ConfigContainer:
         mlp_multipliers=(0.8838834764831844, 0.5859375),
         ssm_multipliers=(0.3535533905932738, 0.25, 0.3535533905932738, 0.5, 0.3535533905932738),
     )
-    cfg = falcon_h1_pretrain(
-        "falcon_h1_tiny_cpu", model, seq_length=128, global_batch_size=8, micro_batch_size=8, train_iters=200
-    )
-    cfg.scheduler.lr_warmup_iters = 10
-    # the released learning rate is for a larger model and batches of millions of tokens
-    cfg.optimizer.lr, cfg.optimizer.min_lr = 4e-3, 5e-4
-    cfg.optimizer.adam_eps = 1e-8
-    cfg.validation.eval_interval, cfg.validation.eval_iters = 100, 2
-    cfg.dataset.split = "90,5,5"
-    cfg.checkpoint.save_interval = 100
-    return on_cpu(cfg)

@@ -30,6 +30,8 @@ _POSITIVE = (
     "optimizer.lr",
     "optimizer.adam_eps",
     "scheduler.lr_decay_iters",
+    "peft.dim",
+    "peft.alpha",
 )
 _ATTENTION = ("model.num_query_groups", "model.kv_channels")
 _SSM = (
@@ -83,6 +85,8 @@ def check_limits(cfg: Any) -> None:
     warmup, decay = _value(cfg, "scheduler.lr_warmup_iters"), _value(cfg, "scheduler.lr_decay_iters")
     if warmup is not None and decay is not None and warmup >= decay:
         raise UserError(f"scheduler.lr_warmup_iters must be below scheduler.lr_decay_iters={decay}, not {warmup}")
+    _check_peft(cfg)
+    _check_scan_offsets(cfg)
 
 
 def check_type(key: str, old: Any, new: Any, annotation: Any = None) -> None:
@@ -113,6 +117,65 @@ def check_type(key: str, old: Any, new: Any, annotation: Any = None) -> None:
         (kind,) = declared
     if kind in _KINDS and not _is(new, kind):
         raise UserError(f"{key} must be {_KINDS[kind]}, not {new!r}")
+
+
+def _check_peft(cfg: Any) -> None:
+    """Refuse adapters that would not be trained, or would be wrong."""
+    peft = getattr(cfg, "peft", None)
+    if peft is None:
+        return
+    from falcon_bridge.peft import LoRA
+
+    if not isinstance(peft, LoRA):
+        if type(cfg.model).__module__.startswith("falcon_bridge."):
+            raise UserError(
+                f"peft is Megatron Bridge's own {type(peft).__name__}, which leaves in_proj's checkpoints wrong under "
+                "tensor parallelism: use falcon_bridge.peft.LoRA or falcon_bridge.peft.DoRA"
+            )
+        return
+    try:
+        peft.check(cfg.model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def largest_scan_tensor(model: Any, tokens: int) -> int:
+    """Elements of the largest tensor that mamba-ssm's kernels index, on one rank.
+
+    Its Triton kernels compute offsets in 32 bits (state-spaces/mamba issue 1015): into the views z, x, B, C and dt of
+    in_proj's output, which are as far apart as that is wide, into the states of the chunks, `[b, s/chunk, heads, head
+    size, state]`, and into the gradients of B and C, fp32 `[b, s, heads/heads a program, groups, state]`, which have
+    one part a group at these lengths. Context parallelism gives each rank the whole sequence and a share of the heads.
+
+    Args:
+        model: a `FalconH1ModelProvider`.
+        tokens: of a micro batch, whole rows.
+    """
+    if not model.mamba_num_heads:
+        return 0
+    ranks = model.tensor_model_parallel_size * (model.context_parallel_size or 1)
+    groups = max(1, model.mamba_num_groups // ranks)  # more ranks than groups: each has the whole of one
+    heads = model.mamba_num_heads // ranks
+    width = heads * model.mamba_head_dim
+    projected = 2 * width + 2 * groups * model.mamba_state_dim + heads
+    states = math.ceil(tokens / model.chunk_size) * width * model.mamba_state_dim
+    return max(tokens * projected, states)
+
+
+def _check_scan_offsets(cfg: Any) -> None:
+    """Refuse rows so long that mamba-ssm's kernels would read and write elsewhere, mostly without an error."""
+    model = cfg.model
+    length, rows = getattr(cfg.dataset, "seq_length", None), cfg.train.micro_batch_size
+    on_gpu = getattr(cfg.dist, "distributed_backend", None) != "gloo"
+    if not length or not rows or not on_gpu or getattr(model, "ssm_backend", "torch") == "torch":
+        return
+    size = largest_scan_tensor(model, rows * length)
+    if size >= 2**31:
+        raise UserError(
+            f"train.micro_batch_size={rows} rows of dataset.seq_length={length} tokens are too long for mamba-ssm's "
+            f"kernels: a tensor of {size:,} elements on a rank, of which they can address 2,147,483,648. Use a larger "
+            "model.context_parallel_size or model.tensor_model_parallel_size, or shorter rows"
+        )
 
 
 def _is(value: Any, kind: str) -> bool:

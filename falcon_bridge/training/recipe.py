@@ -7,6 +7,7 @@ from typing import Any
 
 from falcon_bridge.errors import UserError, one_line, suggestion
 from falcon_bridge.training.limits import check_limits, check_type
+from falcon_bridge.training.sft_dataset import pad_multiple
 
 
 def load_recipe(name: str) -> Any:
@@ -52,15 +53,34 @@ def apply_overrides(cfg: Any, overrides: Iterable[str]) -> Any:
             raise UserError(f"'{override}' is not an override: write key.sub=value, as in train.train_iters=100")
         before[key] = _lookup(cfg, key)
         _check_section(key, before[key], text)
+    adapters = [override for override in overrides if override.lstrip("+~").startswith("peft.")]
     try:
-        cfg = process_config_with_overrides(cfg, cli_overrides=overrides)
+        cfg = process_config_with_overrides(cfg, cli_overrides=[text for text in overrides if text not in adapters])
+        _override_adapters(cfg.peft, adapters)
     except OverridesError as error:
         raise UserError(f"the overrides cannot be applied ({one_line(error)}): check {' '.join(overrides)}") from error
     for key, old in before.items():
         check_type(key, old, _lookup(cfg, key), _annotation(cfg, key))
     check_limits(cfg)
+    _sync_sequence_parallel(cfg, before)
     _sync_seq_length(cfg, before)
+    _sync_packing(cfg, before)
+    _sync_precision(cfg)
     return cfg
+
+
+def _override_adapters(peft: Any, overrides: list[str]) -> None:
+    """Apply overrides to the adapters, which Megatron Bridge leaves out of its overrides: they can be called."""
+    from megatron.bridge.training.utils.omegaconf_utils import parse_hydra_overrides
+    from omegaconf import OmegaConf
+
+    if not overrides:
+        return
+    names = [field.name for field in dataclasses.fields(peft) if field.init and field.name != "canonical_mapping"]
+    values = OmegaConf.create({"peft": {name: getattr(peft, name) for name in names}})
+    values = OmegaConf.to_container(parse_hydra_overrides(values, overrides))["peft"]
+    for name, value in values.items():
+        setattr(peft, name, value)
 
 
 def _lookup(cfg: Any, key: str) -> Any:
@@ -115,10 +135,51 @@ def _sync_seq_length(cfg: Any, overridden: Iterable[str]) -> None:
     cfg.model.seq_length = cfg.model.seq_length if cfg.dataset is None else cfg.dataset.seq_length
 
 
+def _sync_sequence_parallel(cfg: Any, overridden: Iterable[str]) -> None:
+    """Sequence parallelism comes with tensor parallelism, as in the recipes, and goes with it."""
+    overridden = set(overridden)
+    if "model.tensor_model_parallel_size" in overridden and "model.sequence_parallel" not in overridden:
+        cfg.model.sequence_parallel = (cfg.model.tensor_model_parallel_size or 1) > 1
+
+
+def _sync_packing(cfg: Any, overridden: Iterable[str]) -> None:
+    """Rows that Megatron Bridge packs itself are as long as a row, of pieces that the layout can cut.
+
+    Rows that are packed already are left alone: `sft_dataset.check_sft_dataset` compares them with the layout.
+    """
+    specs = getattr(cfg.dataset, "offline_packing_specs", None)
+    if specs is None or specs.packed_train_data_path is not None:
+        return
+    section, model = "dataset.offline_packing_specs", cfg.model
+    if f"{section}.packed_sequence_size" not in overridden:
+        specs.packed_sequence_size = cfg.dataset.seq_length
+    if f"{section}.pad_seq_to_mult" not in overridden:
+        specs.pad_seq_to_mult = pad_multiple(
+            model.tensor_model_parallel_size or 1, model.context_parallel_size or 1, model.sequence_parallel
+        )
+    if (model.context_parallel_size or 1) > 1:
+        # a rank may have no answer in its share of a row
+        model.calculate_per_token_loss, cfg.ddp.average_in_collective = True, False
+
+
+def _sync_precision(cfg: Any) -> None:
+    """Give the model the dtypes of ``mixed_precision``, as Megatron Bridge will: it is checked with them."""
+    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+    if cfg.mixed_precision is None:
+        return
+    try:
+        precision = get_mixed_precision_config(cfg.mixed_precision)
+    except ValueError as error:
+        raise UserError(f"mixed_precision={cfg.mixed_precision!r} is not known ({one_line(error)})") from error
+    precision.finalize()
+    precision.setup(cfg.model, cfg.optimizer, cfg.ddp)
+
+
 def use_hf_model(cfg: Any, hf: str | Path, *, pretrained: str | Path | None = None) -> None:
     """Train the model of a Hugging Face checkpoint, from its weights and with its tokenizer.
 
-    The recipe's layout, sequence length and precision stay.
+    The recipe's layout, recomputation, sequence length, precision and loss stay, and its ternary layers.
 
     Args:
         cfg: a ``ConfigContainer``; changed in place.
@@ -151,9 +212,15 @@ def use_hf_model(cfg: Any, hf: str | Path, *, pretrained: str | Path | None = No
         "recompute_method",
         "recompute_num_layers",
         "recompute_modules",
+        "calculate_per_token_loss",
+        "fp32_residual_connection",
     )
     for name in kept:
         setattr(model, name, getattr(recipe, name))
+    if getattr(recipe, "recompute_mixer", False) and hasattr(model, "recompute_mixer"):
+        model.recompute_mixer = True
+    if getattr(recipe, "use_bitnet", False) and hasattr(model, "use_bitnet"):
+        model.use_bitnet = True
     cfg.model = model
     cfg.checkpoint.pretrained_checkpoint = str(pretrained or hf)
     cfg.tokenizer.tokenizer_type = "HuggingFaceTokenizer"

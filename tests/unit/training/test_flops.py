@@ -108,3 +108,80 @@ def test_the_default_head_size_and_groups_are_taken():
     implicit = provider(kv_channels=None, num_query_groups=None)
     explicit = provider(kv_channels=16, num_query_groups=6)
     assert falcon_h1_flops(implicit, 2) == falcon_h1_flops(explicit, 2)
+
+
+def adapters_by_hand(p, pattern, tokens, dim, targets, layers=None):
+    """Forward products of the adapters: x·A and its product with B, for each piece that a target stands for."""
+    h, heads = p.hidden_size, p.num_attention_heads * p.kv_channels
+    d_ssm = p.mamba_num_heads * p.mamba_head_dim
+    shapes = {
+        "linear_qkv": (h, heads + 2 * p.num_query_groups * p.kv_channels),
+        "linear_proj": (heads, h),
+        "in_proj": (h, 2 * d_ssm + 2 * p.mamba_num_groups * p.mamba_state_dim + p.mamba_num_heads),
+        "out_proj": (d_ssm, h),
+        "linear_fc1": (h, 2 * p.ffn_hidden_size),
+        "linear_fc2": (p.ffn_hidden_size, h),
+    }
+    where = {"linear_qkv": "P*", "linear_proj": "P*", "in_proj": "PM", "out_proj": "PM"}
+    return sum(
+        2 * tokens * dim * sum(shapes[target])
+        for number, symbol in enumerate(pattern)
+        for target in targets
+        if symbol in where.get(target, "P-") and (layers is None or number in layers)
+    )
+
+
+def activations_by_hand(p, pattern, lengths):
+    """The part of `products_of` in which both factors are activations: two gradients whatever is frozen."""
+    weights = {
+        (sum(lengths), width, out)
+        for width, out in [
+            (p.hidden_size, p.num_attention_heads * p.kv_channels),
+            (p.hidden_size, p.num_query_groups * p.kv_channels),
+            (p.num_attention_heads * p.kv_channels, p.hidden_size),
+            (p.hidden_size, p.d_ssm),
+            (p.hidden_size, p.mamba_num_groups * p.mamba_state_dim),
+            (p.hidden_size, p.mamba_num_heads),
+            (p.d_ssm, p.hidden_size),
+            (p.hidden_size, p.ffn_hidden_size),
+            (p.ffn_hidden_size, p.hidden_size),
+            (p.conv_kernel, p.d_ssm + 2 * p.mamba_num_groups * p.mamba_state_dim),
+        ]
+    }
+    products = [product for symbol in pattern for product in products_of(symbol, p, lengths)]
+    return sum(2 * m * k * n for m, k, n in products if (m, k, n) not in weights)
+
+
+@pytest.mark.parametrize("scheme", ["LoRA", "DoRA"])
+@pytest.mark.parametrize("pattern", ["PPPP", "PM*-"])
+def test_frozen_weights_have_no_gradient(scheme, pattern):
+    from megatron.bridge.training.config import ConfigContainer
+    from megatron.bridge.training.utils.flop_utils import num_floating_point_operations
+
+    from falcon_bridge import peft
+    from falcon_bridge.recipes import falcon_h1_tiny_cpu_peft_config
+
+    p, lengths = provider(layer_pattern=pattern), [400, 112, 300, 100, 112]
+    adapters = getattr(peft, scheme)(dim=24)
+    forward = by_hand(p, pattern, lengths) / 3
+    expected = 2 * forward + activations_by_hand(p, pattern, lengths)
+    expected += 3 * adapters_by_hand(p, pattern, sum(lengths), 24, peft.lora.TARGETS)
+    stats = {"seqlen_sum": sum(lengths), "seqlen_squared_sum": sum(s * s for s in lengths)}
+    assert falcon_h1_flops(p, 2, *stats.values(), peft=adapters) == pytest.approx(expected, rel=0.01)
+    # as Megatron Bridge's training loop asks, of a model that has been built with adapters
+    cfg: ConfigContainer = falcon_h1_tiny_cpu_peft_config()
+    cfg.model, cfg.peft, p.trained_adapters = p, adapters, adapters
+    assert num_floating_point_operations(cfg, 2, **stats) == pytest.approx(expected, rel=0.01)
+
+
+def test_layers_below_the_lowest_adapter_have_no_backward():
+    from falcon_bridge.peft import LoRA
+
+    p = provider()
+    adapters = LoRA(target_modules=["*.layers.2.*.in_proj", "*.layers.3.*.in_proj"], dim=8)
+    tokens, rows = 1024, [512, 512]
+    layer = (by_hand(p, "PPPP", rows) - by_hand(p, "PPP", rows)) / 3
+    head = by_hand(p, "PPPP", rows) / 3 - 4 * layer
+    expected = 2 * layer + 2 * (2 * layer + activations_by_hand(p, "P", rows)) + 2 * head
+    expected += 3 * adapters_by_hand(p, "PPPP", tokens, 8, ["in_proj"], layers=(2, 3))
+    assert falcon_h1_flops(p, 2, peft=adapters) == pytest.approx(expected, rel=0.01)
