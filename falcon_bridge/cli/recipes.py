@@ -7,7 +7,9 @@ from falcon_bridge.cli.tables import parameters
 
 
 def recipes(json: JsonOption = False, debug: DebugOption = False) -> None:
-    """Show the recipes: what they train, their default layout, batch and sequence length.
+    """Show the recipes: what they train, their default layout, batch, sequence length, and the 80 GB GPUs they need.
+
+    The number of GPUs is the fewest on which the memory estimate of `train --dry-run` fits.
 
     [bold]Example[/bold]
 
@@ -21,11 +23,12 @@ def recipes(json: JsonOption = False, debug: DebugOption = False) -> None:
             "what": [row["description"] for row in rows],
             "parameters": [parameters(row["parameters"]) for row in rows],
             "TP·PP·CP": [f"{row['tp']}·{row['pp']}·{row['cp']}" for row in rows],
+            "min GPUs": ["CPU" if row["cpu"] else str(row["gpus"] or "?") for row in rows],
             "sequence": [str(row["seq_length"]) for row in rows],
             "batch": [str(row["global_batch_size"]) for row in rows],
             "steps": [f"{row['train_iters']:,}" for row in rows],
         }
-        order = ["name", "parameters", "TP·PP·CP", "sequence", "batch", "steps", "what"]
+        order = ["name", "parameters", "TP·PP·CP", "min GPUs", "sequence", "batch", "steps", "what"]
         current.show_table(
             "recipes for `falcon-bridge train --recipe NAME`", columns, order=order, left={"name", "what"}
         )
@@ -34,12 +37,15 @@ def recipes(json: JsonOption = False, debug: DebugOption = False) -> None:
 
 def _rows() -> list[dict[str, Any]]:
     from falcon_bridge import recipes
-    from falcon_bridge.training.memory import count_parameters
+    from falcon_bridge.training.advice import fewest_gpus
+    from falcon_bridge.training.memory import GPU_MEMORY, RESERVE, count_parameters
 
     rows = []
     for name in recipes.RECIPES:
         function = getattr(recipes, name)
         cfg = function()
+        cfg.model.finalize()
+        on_cpu = cfg.dist.distributed_backend == "gloo"
         rows.append(
             {
                 "name": name,
@@ -48,6 +54,8 @@ def _rows() -> list[dict[str, Any]]:
                 "tp": cfg.model.tensor_model_parallel_size,
                 "pp": cfg.model.pipeline_model_parallel_size,
                 "cp": cfg.model.context_parallel_size,
+                "cpu": on_cpu,
+                "gpus": None if on_cpu else fewest_gpus(cfg, GPU_MEMORY - RESERVE),
                 "seq_length": cfg.dataset.seq_length,
                 "global_batch_size": cfg.train.global_batch_size,
                 "train_iters": cfg.train.train_iters,

@@ -41,6 +41,10 @@ class Session:
         """Print results for people: on stdout, or on stderr with ``--json``."""
         self._results.print(*renderables)
 
+    def show_line(self, text: str) -> None:
+        """Print a line as it is, however long, for people to copy: no markup, no line breaks."""
+        self._results.print(text, markup=False, highlight=False, soft_wrap=True)
+
     def show_table(self, title: str, columns: dict[str, list[str]], *, order: list[str], left: set[str]) -> None:
         """Print a table for people, every cell whole; see `tables.fitted_table`.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,8 +10,11 @@ import typer
 
 from falcon_bridge.cli.devices import cpu_only
 from falcon_bridge.cli.session import DebugOption, JsonOption, Session, session
-from falcon_bridge.errors import JobError
+from falcon_bridge.errors import JobError, one_line
 from falcon_bridge.ranks import launched_as_rank
+
+
+_SECONDS_BETWEEN_LINES = 10.0
 
 
 def train(
@@ -20,11 +24,22 @@ def train(
         typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides of the recipe, in Hydra's syntax."),
     ] = None,
     dataset: Annotated[
-        Path | None, typer.Option(help="Indexed dataset to train on: the prefix of its .bin and .idx.")
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:WEIGHT]",
+            help="What to train on: the prefix of a .bin and .idx (`data prepare`), several of which blend; or for "
+            "fine-tuning a directory of packed chats (`data prepare-chat`).",
+        ),
     ] = None,
     hf_path: Annotated[
         str | None,
         typer.Option("--hf-path", metavar="HF", help="Start from this Hugging Face checkpoint, with its tokenizer."),
+    ] = None,
+    use_bitnet: Annotated[
+        bool, typer.Option("--use-bitnet", help="Make the linear layers ternary (BitNet b1.58).")
+    ] = False,
+    peft_scheme: Annotated[
+        str | None, typer.Option(help="Adapters of a peft recipe: lora, its default, or dora.")
     ] = None,
     processes: Annotated[
         int | None, typer.Option("--nproc", min=1, help="Ranks to start; all GPUs, or on CPU what the layout takes.")
@@ -38,13 +53,16 @@ def train(
     """Train a recipe on this machine with Megatron Bridge; resumes where its checkpoint directory has a run.
 
     Starts its own ranks (gloo on CPU, NCCL on GPU), or is one rank where torchrun started it. Without --dataset it
-    trains on mock data.
+    pretrains on mock data. Leaves report.md, a plot and TensorBoard's files beside the checkpoints.
 
     [bold]Examples[/bold]
 
     falcon-bridge train --recipe falcon_h1_tiny_cpu_pretrain_config train.train_iters=20
 
-    falcon-bridge train --recipe falcon_h1_500m_pretrain_config --hf-path ./falcon-h1-0.5b --dataset ./data/corpus
+    falcon-bridge train --recipe falcon_h1_500m_pretrain_config --hf-path ./falcon-h1-0.5b --dataset ./data/web:0.7
+    --dataset ./data/code:0.3
+
+    falcon-bridge train --recipe falcon_h1_500m_sft_config --hf-path ./falcon-h1-0.5b --dataset ./data/chats
 
     falcon-bridge train --recipe falcon_h1_7b_pretrain_config --dry-run model.tensor_model_parallel_size=4
     """
@@ -54,13 +72,20 @@ def train(
         with current.status("importing Megatron, up to 30 s"):
             from falcon_bridge.training.run import configure
 
-            cfg = configure(recipe, overrides or [], dataset, hf_path)
+            cfg = configure(recipe, overrides or [], dataset, hf_path, use_bitnet=use_bitnet, peft_scheme=peft_scheme)
         if dry_run:
-            current.finish(_dry_run(current, cfg, processes))
-        else:
-            result = _train(current, cfg, processes)
-            if _first_rank():
-                current.finish(result)
+            from falcon_bridge.cli.dry_run import dry_run as show
+
+            current.finish(show(current, cfg, processes))
+            return
+        given = {"--hf-path": hf_path, "--peft-scheme": peft_scheme, "--nproc": processes}
+        command = ["train", "--recipe", recipe]
+        command += [text for option, value in given.items() if value for text in (option, str(value))]
+        command += [text for path in dataset or [] for text in ("--dataset", path)]
+        command += [*(["--use-bitnet"] if use_bitnet else []), *(overrides or [])]
+        result = _train(current, cfg, recipe, command, processes)
+        if _first_rank():
+            current.finish(result)
 
 
 def _first_rank() -> bool:
@@ -68,83 +93,61 @@ def _first_rank() -> bool:
     return not launched_as_rank() or os.environ["RANK"] == "0"
 
 
-def _dry_run(current: Session, cfg: Any, processes: int | None) -> dict[str, Any]:
-    import torch
-    from megatron.bridge.training.utils.omegaconf_utils import create_omegaconf_dict_config
-    from omegaconf import OmegaConf
-    from rich.syntax import Syntax
+def _train(current: Session, cfg: Any, recipe: str, command: list[str], processes: int | None) -> dict[str, Any]:
+    from falcon_bridge.training.record import TrainingRecord
+    from falcon_bridge.training.report import Run, device_name, write_report
+    from falcon_bridge.training.run import check_start, world_size
 
-    from falcon_bridge.training.flops import falcon_h1_flops
-    from falcon_bridge.training.memory import count_parameters, state_memory
-
-    model = cfg.model
-    ranks = processes or max(
-        torch.cuda.device_count(),
-        model.tensor_model_parallel_size * model.pipeline_model_parallel_size * (model.context_parallel_size or 1),
-    )
-    resolved, _ = create_omegaconf_dict_config(cfg)
-    memory = state_memory(cfg, ranks)
-    flops = falcon_h1_flops(model, cfg.train.global_batch_size)
-    tokens = cfg.train.global_batch_size * cfg.dataset.seq_length
-    current.show(Syntax(OmegaConf.to_yaml(resolved), "yaml", background_color="default"))
-    current.show(
-        f"{count_parameters(model):,} parameters on {ranks} ranks; {tokens:,} tokens and {flops:.3e} FLOPs a step; "
-        f"weights, gradients and optimizer state {memory.total / 2**30:.2f} GiB a rank, activations on top"
-    )
-    return {
-        "ok": True,
-        "config": OmegaConf.to_container(resolved),
-        "parameters": count_parameters(model),
-        "ranks": ranks,
-        "tokens_per_step": tokens,
-        "flops_per_step": flops,
-        "memory_bytes": {
-            "weights": memory.weights,
-            "gradients": memory.gradients,
-            "optimizer": memory.optimizer,
-            "total": memory.total,
-        },
-    }
-
-
-def _train(current: Session, cfg: Any, processes: int | None) -> dict[str, Any]:
-    import time
-
-    from falcon_bridge.training.callbacks import EvalReport, StepReport
-    from falcon_bridge.training.run import run_pretrain
-
+    check_start(cfg)
+    ranks = int(os.environ["WORLD_SIZE"]) if launched_as_rank() else world_size(cfg, processes)
+    run, record = Run(recipe, command, cfg, ranks, device_name(cfg)), TrainingRecord()
     started = time.monotonic()
-    steps: list[StepReport] = []
-    evaluations: list[EvalReport] = []
-
-    def keep(rank: int, event: Any) -> bool:
-        if isinstance(event, EvalReport):
-            if evaluations and evaluations[-1].iteration == event.iteration:
-                evaluations.pop()  # Megatron validates again at the end, on the next batches: that one stands
-            evaluations.append(event)
-            return False
-        new = event.loss is not None and (not steps or event.iteration > steps[-1].iteration)
-        if new:
-            steps.append(event)
-        return new
-
-    if launched_as_rank():  # Megatron's own log of the ranks is the progress
-        run_pretrain(cfg, on_event=keep)
-        if not _first_rank():
-            return {}
-    else:
-        with current.progress() as progress:
-            task = progress.add_task("train", total=cfg.train.train_iters, note="setting up")
-
-            def on_event(rank: int, event: Any) -> None:
-                if keep(rank, event):
-                    note = f"loss {event.loss:.4f}  lr {event.lr:.2e}"
-                    progress.update(task, completed=event.iteration, note=note)
-
-            run_pretrain(cfg, processes, on_event=on_event)
-    if steps and steps[-1].loss != steps[-1].loss:
-        raise JobError(f"the loss is not a number at step {steps[-1].iteration}: lower optimizer.lr")
+    try:
+        _run(current, run, record)
+        if record.steps and record.steps[-1].loss != record.steps[-1].loss:
+            raise JobError(f"the loss is not a number at step {record.steps[-1].iteration}: lower optimizer.lr")
+    except BaseException as error:
+        status = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed ({one_line(error)})"
+        if _first_rank():
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                write_report(run, record, time.monotonic() - started, status)
+        raise
+    if not _first_rank():
+        return {}
     seconds = time.monotonic() - started
+    return _result(current, run, record, seconds, write_report(run, record, seconds, "finished"))
+
+
+def _run(current: Session, run: Any, record: Any) -> None:
+    from falcon_bridge.training.run import run_pretrain
+    from falcon_bridge.training.throughput import progress_note
+
+    train_iters, shown = run.cfg.train.train_iters, time.monotonic()
+    bar = contextlib.nullcontext() if launched_as_rank() else current.progress()
+    with bar as progress:
+        task = progress and progress.add_task("train", total=train_iters, note="setting up")
+
+        def on_event(rank: int, event: Any) -> None:
+            nonlocal shown
+            if not record.add(event):
+                return
+            note = progress_note(record.steps, run.ranks, run.peak_flops, train_iters)
+            if progress is not None:
+                progress.update(task, completed=event.iteration, note=note)
+            # a log file has no bar
+            last, due = event.iteration == train_iters, time.monotonic() - shown >= _SECONDS_BETWEEN_LINES
+            if not current.console.is_terminal and (last or due):
+                shown = time.monotonic()
+                line = f"step {event.iteration:,} of {train_iters:,}: {note.replace(chr(10), '  ')}"
+                current.console.print(line, soft_wrap=True, highlight=False)
+
+        run_pretrain(run.cfg, run.ranks, on_event=on_event)
+
+
+def _result(current: Session, run: Any, record: Any, seconds: float, report: Path | None) -> dict[str, Any]:
+    from falcon_bridge.training.throughput import throughput
+
+    cfg, steps = run.cfg, record.steps
     saved = f"; checkpoints in {cfg.checkpoint.save}" if cfg.checkpoint.save else ""
     if steps:
         current.show(
@@ -155,12 +158,20 @@ def _train(current: Session, cfg: Any, processes: int | None) -> dict[str, Any]:
         current.show(f"no step to report: done before, or stopped without a checkpoint{saved}")
     else:
         current.show(f"nothing to do: {cfg.checkpoint.load} has {cfg.train.train_iters} steps already")
+    if report is not None:
+        current.show(f"report: {report}")
+    speed = throughput(steps, run.ranks, run.peak_flops)
     return {
         "ok": True,
         "first_step": steps[0].iteration if steps else None,
         "last_step": steps[-1].iteration if steps else None,
         "losses": [step.loss for step in steps],
-        "evaluations": [{"step": e.iteration, "loss": e.loss} for e in evaluations],
+        "evaluations": [{"step": e.iteration, "loss": e.loss} for e in record.evaluations],
         "checkpoint": cfg.checkpoint.save,
+        "report": None if report is None else str(report),
+        "tokens_per_second": speed and speed.tokens_per_second,
+        "flops_per_second_per_rank": speed and speed.flops_per_second,
+        "mfu": speed and speed.mfu,
+        "peak_memory_bytes": record.memory,
         "seconds": round(seconds, 1),
     }

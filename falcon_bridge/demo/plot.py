@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from falcon_bridge.training.plot import new_figure
+
 
 if TYPE_CHECKING:
     from falcon_bridge.training.callbacks import StepReport
@@ -17,12 +19,7 @@ def plot_losses(steps: list["StepReport"], resumed_at: int, held_out: float, pat
         held_out: loss on held-out text at the end, in nats.
         path: of the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(4.5)
     axes = figure.add_subplot()
     before = [step for step in steps if step.iteration <= resumed_at]
     after = [step for step in steps if step.iteration > resumed_at]

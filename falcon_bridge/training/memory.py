@@ -1,90 +1,207 @@
-"""Parameters of a Falcon-H1 and the memory of its training state, from its shapes."""
+"""An estimate of a training step's memory on each pipeline rank, from the shapes of the model.
 
-from dataclasses import dataclass
+It counts what torch's allocator hands out at its peak; the CUDA context, NCCL's buffers and fragmentation come on top
+(`RESERVE`). docs/training.md has it beside measured peaks.
+"""
+
+import math
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from falcon_bridge.models.falcon_h1.pattern import ATTENTION, MAMBA, MLP, PARALLEL
+from falcon_bridge.training.activations import backward_workspace, kept_tensors, loss_workspace, saved_tensors
+from falcon_bridge.training.parameters import (
+    adapted,
+    adapter_parameters,
+    count_parameters,
+    linear_parameters,
+    stage_parameters,
+)
+from falcon_bridge.training.shapes import LayerKind, RankShapes, rank_shapes, stage_chunks
 
 
-def count_parameters(config: Any) -> int:
-    """Parameters of a `FalconH1ModelProvider`, without vocabulary padding; equal to what a build has.
+__all__ = ["GPU_MEMORY", "RESERVE", "StageMemory", "count_parameters", "estimate_memory", "usable_memory"]
 
-    Args:
-        config: the provider.
-    """
-    hidden, pattern = config.hidden_size, config.resolve_layer_pattern()
-    layers = sum(_layer_parameters(config, symbol) for symbol in pattern)
-    embeddings = config.vocab_size * hidden * (1 if config.share_embeddings_and_output_weights else 2)
-    return layers + embeddings + hidden
+GPU_MEMORY = 79 * 2**30
+"""What the driver reports of an "80 GB" H100, rounded down, in bytes."""
+RESERVE = 4 * 2**30
+"""Left for the CUDA context, NCCL and fragmentation, in bytes a GPU."""
 
 
-def _layer_parameters(config: Any, symbol: str) -> int:
-    parts = {
-        PARALLEL: (_attention(config) + _mamba(config), _mlp(config)),
-        MAMBA: (_mamba(config),),
-        ATTENTION: (_attention(config),),
-        MLP: (_mlp(config),),
-    }[symbol]
-    return sum(part + config.hidden_size for part in parts)  # each part has a norm before it
+def usable_memory() -> int:
+    """Bytes that a rank's tensors may take, of this machine's smallest GPU; of an 80 GB H100 where there is none."""
+    import torch
 
-
-def _attention(config: Any) -> int:
-    if not config.num_attention_heads:
-        return 0
-    head_dim = config.kv_channels or config.hidden_size // config.num_attention_heads
-    groups = config.num_query_groups or config.num_attention_heads
-    return config.hidden_size * head_dim * 2 * (config.num_attention_heads + groups)
-
-
-def _mamba(config: Any) -> int:
-    if not config.mamba_num_heads:
-        return 0
-    width, heads = config.d_ssm, config.mamba_num_heads
-    conv_channels = width + 2 * config.mamba_num_groups * config.mamba_state_dim
-    in_proj = config.hidden_size * (width + conv_channels + heads)
-    conv = conv_channels * (config.conv_kernel + 1)
-    norm = width if config.gated_norm else 0
-    return in_proj + conv + 3 * heads + norm + width * config.hidden_size
-
-
-def _mlp(config: Any) -> int:
-    return 3 * config.hidden_size * config.ffn_hidden_size
+    devices = range(torch.cuda.device_count())
+    smallest = min((torch.cuda.get_device_properties(device).total_memory for device in devices), default=GPU_MEMORY)
+    return smallest - RESERVE
 
 
 @dataclass(frozen=True)
-class StateMemory:
-    """Bytes of training state on one rank (an even split over TP and PP).
+class StageMemory:
+    """Bytes on a rank of one pipeline stage at the peak of a training step.
 
     Attributes:
         weights: parameters in the model's dtype.
-        gradients: fp32 accumulation buffers.
-        optimizer: fp32 main weights (where the model's are not fp32) and Adam's two moments.
+        gradients: the accumulation buffers.
+        optimizer: main weights (where the model's are not fp32) and Adam's two moments, this rank's shard.
+        activations: what all micro-batches in flight keep for their backward passes.
+        workspace: the largest of logits with cross entropy, a layer's recomputation and its backward's temporaries.
     """
 
     weights: int
     gradients: int
     optimizer: int
+    activations: int
+    workspace: int
 
     @property
-    def total(self) -> int:
-        """All of it."""
+    def state(self) -> int:
+        """What stays between steps."""
         return self.weights + self.gradients + self.optimizer
 
+    @property
+    def peak(self) -> int:
+        """All of it."""
+        return self.state + self.activations + self.workspace
 
-def state_memory(cfg: Any, world_size: int) -> StateMemory:
-    """Weights, gradients and optimizer state of a rank; activations are not in it.
+    def as_dict(self) -> dict[str, int]:
+        """By name, with `state` and `peak`."""
+        return {**asdict(self), "state": self.state, "peak": self.peak}
+
+
+def estimate_memory(cfg: Any, world_size: int) -> list[StageMemory]:
+    """Memory of a training step, for a rank of each pipeline stage.
 
     Args:
-        cfg: a ``ConfigContainer`` with a Falcon-H1 provider.
+        cfg: a ``ConfigContainer`` whose provider is finalized.
         world_size: number of ranks.
     """
     model = cfg.model
-    model_parallel = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
-    parameters = count_parameters(model) / model_parallel
-    half = cfg.mixed_precision is not None or model.bf16
-    shards = max(1, world_size // model_parallel) if cfg.ddp.use_distributed_optimizer else 1
-    return StateMemory(
-        weights=int(parameters * (2 if half else 4)),
-        gradients=int(parameters * 4),
-        optimizer=int(parameters * (12 if half else 8) / shards),
+    shapes = rank_shapes(model, cfg.train.micro_batch_size, half=_precision(cfg)[0])
+    return [
+        StageMemory(*_state(cfg, world_size, stage), *_activations(cfg, world_size, stage, shapes))
+        for stage in range(model.pipeline_model_parallel_size)
+    ]
+
+
+def _state(cfg: Any, world_size: int, stage: int) -> tuple[int, int, int]:
+    model, tp, pp = cfg.model, cfg.model.tensor_model_parallel_size, cfg.model.pipeline_model_parallel_size
+    layers = [kind for chunk in stage_chunks(model, stage) for kind in chunk]
+    element, gradient, state = _bytes_a_parameter(cfg)
+    parameters = stage_parameters(model, layers, stage)
+    weights, trained = parameters * element, parameters
+    if getattr(model, "use_bitnet", False):
+        weights += sum(linear_parameters(model, kind, tp) for kind in layers)  # int8 codes, kept between micro-batches
+    if cfg.peft is not None:
+        trained = sum(adapter_parameters(model, cfg.peft, kind) for kind in layers)
+        weights += trained * element
+    # data-parallel and context-parallel ranks share the optimizer
+    shards = max(1, world_size // (tp * pp)) if cfg.ddp.use_distributed_optimizer else 1
+    return weights, trained * gradient, math.ceil(trained * state / shards)
+
+
+def _precision(cfg: Any) -> tuple[bool, bool]:
+    """Whether the model is in 16 bits, and its gradients added up in 32."""
+    if cfg.mixed_precision is None:
+        return cfg.model.bf16 or cfg.model.fp16, cfg.ddp.grad_reduce_in_fp32
+    from megatron.bridge.training.mixed_precision import get_mixed_precision_config
+
+    mixed = get_mixed_precision_config(cfg.mixed_precision)
+    return mixed.bf16 or mixed.fp16, mixed.grad_reduce_in_fp32
+
+
+def _bytes_a_parameter(cfg: Any) -> tuple[int, int, int]:
+    """Of the weight, its gradient and its optimizer state."""
+    (half, wide_gradients), optimizer = _precision(cfg), cfg.optimizer
+    gradient = 4 if wide_gradients or not half else 2
+    if not half:
+        return 4, 4, 8
+    if not optimizer.use_precision_aware_optimizer:
+        return 2, gradient, 12
+    main = optimizer.main_params_dtype.itemsize
+    if optimizer.store_param_remainders and main == 4:
+        main = 2  # TE FusedAdam keeps the 16 bits that bf16 lacks
+    return 2, gradient, main + optimizer.exp_avg_dtype.itemsize + optimizer.exp_avg_sq_dtype.itemsize
+
+
+def _activations(cfg: Any, world_size: int, stage: int, shapes: RankShapes) -> tuple[int, int]:
+    model, pp = cfg.model, cfg.model.pipeline_model_parallel_size
+    chunks = stage_chunks(model, stage)
+    flights = _in_flight(cfg, world_size, stage)
+    kept = sum(
+        count * (kept_bytes(model, shapes, chunk) + _adapters(cfg, shapes, chunk))
+        for count, chunk in zip(flights, chunks, strict=True)
+    )
+    kinds = {kind for chunk in chunks for kind in chunk}
+    workspace = [backward_workspace(shapes, kind, model) + _recomputed(model, shapes, kind) for kind in kinds]
+    if stage == pp - 1:
+        workspace.append(loss_workspace(shapes, model))
+    # point-to-point buffers: a hidden state and a gradient each way
+    between = 4 * shapes.sharded_tokens * shapes.hidden * shapes.residual if pp > 1 else 0
+    return kept, max(workspace, default=0) + between
+
+
+def _in_flight(cfg: Any, world_size: int, stage: int) -> list[int]:
+    """Micro-batches whose activations are held at once, for each virtual stage of a pipeline rank."""
+    model, pp = cfg.model, cfg.model.pipeline_model_parallel_size
+    replicas = max(1, world_size // (model.tensor_model_parallel_size * pp * (model.context_parallel_size or 1)))
+    microbatches = max(1, cfg.train.global_batch_size // (cfg.train.micro_batch_size * replicas))
+    virtual = model.virtual_pipeline_model_parallel_size if pp > 1 else None
+    if not virtual:
+        return [min(pp - stage, microbatches)]
+    # mcore's get_pp_rank_microbatches: the warm-up goes through the virtual stages in groups of micro-batches
+    group = model.microbatch_group_size_per_vp_stage or pp
+    total = min((pp - stage - 1) * 2 + (virtual - 1) * group + 1, microbatches * virtual)
+    counts = [0] * virtual
+    for index in range(total):
+        counts[index // group % virtual] += 1
+    return counts
+
+
+def kept_bytes(model: Any, shapes: RankShapes, chunk: list[LayerKind]) -> int:
+    """Bytes that one micro-batch keeps for the backward pass in the layers of a model chunk.
+
+    Args:
+        model: a finalized provider.
+        shapes: of the rank.
+        chunk: its layers.
+    """
+    full = model.recompute_granularity == "full"
+    block = model.recompute_num_layers or 0
+    hidden = shapes.sharded_tokens * shapes.hidden * shapes.residual
+    if model.distribute_saved_activations:
+        hidden //= model.tensor_model_parallel_size
+    if full and model.recompute_method == "uniform":
+        return math.ceil(len(chunk) / max(1, block)) * hidden
+    checkpointed = min(block, len(chunk)) if full else 0
+    return checkpointed * hidden + sum(
+        sum(kept_tensors(saved_tensors(shapes, kind, model), shapes, kind, model).values())
+        for kind in chunk[checkpointed:]
+    )
+
+
+def _adapters(cfg: Any, shapes: RankShapes, chunk: list[LayerKind]) -> int:
+    """Bytes that adapters keep beyond what their layers do: A·x, and under sequence parallelism the gathered x."""
+    if cfg.peft is None or cfg.model.recompute_granularity == "full":
+        return 0
+    gathered = (shapes.tokens - shapes.sharded_tokens) * shapes.hidden
+    return sum(
+        (shapes.tokens * cfg.peft.dim + (gathered if linear.column else 0)) * shapes.element
+        for kind in chunk
+        for linear in adapted(cfg.model, cfg.peft, kind)
+    )
+
+
+def _recomputed(model: Any, shapes: RankShapes, kind: LayerKind) -> int:
+    """Bytes that come back while a recomputed part of the model runs its backward pass."""
+    saved = saved_tensors(shapes, kind, model)
+    if model.recompute_granularity == "full":
+        layers = model.recompute_num_layers if model.recompute_method == "uniform" else 1
+        return sum(saved.values()) * (layers or 1)
+    kept = kept_tensors(saved, shapes, kind, model)
+    parts = [{"self_attention"}, {"mlp"}]
+    return max(
+        sum(size for name, size in saved.items() if name.split(".")[0] in part)
+        - sum(size for name, size in kept.items() if name.split(".")[0] in part)
+        for part in parts
     )

@@ -1,4 +1,4 @@
-"""Megatron Bridge's ``pretrain`` on the ranks of this machine, or as one rank of a launcher."""
+"""Megatron Bridge's ``pretrain`` and ``finetune`` on the ranks of this machine, or as one rank of a launcher."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -19,10 +19,10 @@ from falcon_bridge.ranks import launched_as_rank, run_ranks
 
 def preload() -> None:
     """Import what training needs, so that forked ranks find it there (12–30 s, once)."""
-    from megatron.bridge.training import gpt_step, pretrain  # noqa: F401
+    from megatron.bridge.training import finetune, pretrain  # noqa: F401
 
     from falcon_bridge.conversion.runtime import preload as preload_conversion
-    from falcon_bridge.training import callbacks, launched  # noqa: F401
+    from falcon_bridge.training import callbacks, forward_step, launched  # noqa: F401
 
     preload_conversion()
 
@@ -30,9 +30,11 @@ def preload() -> None:
 def configure(
     recipe: str,
     overrides: Iterable[str] = (),
-    dataset: str | Path | None = None,
+    dataset: str | Path | Iterable[str | Path] | None = None,
     hf_path: str | None = None,
     *,
+    use_bitnet: bool = False,
+    peft_scheme: str | None = None,
     files: bool = True,
 ) -> Any:
     """A recipe's ``ConfigContainer`` with all that the user asked for, checked.
@@ -40,8 +42,10 @@ def configure(
     Args:
         recipe: its name.
         overrides: ``key.sub=value`` in Hydra's syntax.
-        dataset: prefix of a ``.bin`` and ``.idx`` to train on.
+        dataset: what to train on, one or several, as `dataset.use_dataset` takes them; None or empty for the recipe's.
         hf_path: Hugging Face checkpoint to start from.
+        use_bitnet: make the linear layers ternary.
+        peft_scheme: adapters to train where the recipe trains adapters, "lora" or "dora"; the recipe's where None.
         files: whether the files are on this machine; if not, `dataset` and `hf_path` are left aside, and the model
             is checked only where it is the recipe's.
 
@@ -52,13 +56,14 @@ def configure(
     from falcon_bridge.training.recipe import apply_overrides, load_recipe, use_hf_model
 
     overrides = list(overrides)
-    cfg = load_recipe(recipe)
+    cfg = load_recipe(recipe) if peft_scheme is None else _with_scheme(recipe, peft_scheme)
+    datasets = [dataset] if isinstance(dataset, str | Path) else list(dataset or ())
     if files and hf_path is not None:
-        from falcon_bridge.conversion.hf_checkpoint import check_checkpoint
-
         use_hf_model(cfg, check_checkpoint(hf_path).path)
-    if files and dataset is not None:
-        use_dataset(cfg, dataset)
+    if use_bitnet:
+        _make_ternary(cfg)
+    if files and datasets:
+        use_dataset(cfg, datasets)
     if cfg.ft is None and any(override.startswith("ft.") for override in overrides):
         from megatron.bridge.training.config import FaultToleranceConfig
 
@@ -72,6 +77,60 @@ def configure(
         except (ValueError, AssertionError) as error:
             raise UserError(" ".join(str(error).split()) or one_line(error)) from error
     return cfg
+
+
+def _with_scheme(recipe: str, peft_scheme: str) -> Any:
+    from falcon_bridge import recipes
+    from falcon_bridge.training.recipe import load_recipe
+
+    if load_recipe(recipe).peft is None:
+        raise UserError(f"--peft-scheme {peft_scheme} is for recipes that train adapters, and {recipe} does not")
+    try:
+        return getattr(recipes, recipe)(peft_scheme=peft_scheme)
+    except ValueError as error:
+        raise UserError(one_line(error).removeprefix("ValueError: ")) from error
+
+
+def _make_ternary(cfg: Any) -> None:
+    if not hasattr(cfg.model, "use_bitnet"):
+        raise UserError(
+            f"--use-bitnet: {type(cfg.model).__name__} has no BitNet layers: use a Falcon-H1 or Falcon-Edge"
+        )
+    cfg.model.use_bitnet = True
+
+
+def is_finetuning(cfg: Any) -> bool:
+    """Whether a configuration continues from trained weights only: fine-tuning data, or adapters."""
+    from megatron.bridge.data.builders.gpt_sft import GPTSFTDatasetConfig
+
+    return cfg.peft is not None or isinstance(cfg.dataset, GPTSFTDatasetConfig)
+
+
+def check_start(cfg: Any) -> None:
+    """Refuse a fine-tuning that has nothing to start from, or no data, and a logger that is not on this machine.
+
+    Args:
+        cfg: a ``ConfigContainer``.
+
+    Raises:
+        UserError: the message says what to give.
+    """
+    from falcon_bridge.training.loggers import check_loggers
+
+    check_loggers(cfg)
+    if not is_finetuning(cfg):
+        return
+    from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
+
+    if not cfg.checkpoint.pretrained_checkpoint and not checkpoint_exists(cfg.checkpoint.load):
+        raise UserError(
+            "this recipe fine-tunes and has no checkpoint to start from: give --hf-path, or "
+            "checkpoint.pretrained_checkpoint=DIR for a Megatron one"
+        )
+    if getattr(cfg.dataset, "dataset_root", "") is None and getattr(cfg.dataset, "hf_dataset", None) is None:
+        raise UserError(
+            "this recipe fine-tunes and has no data: give --dataset DIR, made with `falcon-bridge data prepare-chat`"
+        )
 
 
 def world_size(cfg: Any, processes: int | None = None) -> int:
@@ -126,12 +185,15 @@ def check_layout(cfg: Any, number: int) -> None:
 def run_pretrain(
     cfg: Any, processes: int | None = None, *, on_event: Callable[[int, Any], None] | None = None
 ) -> None:
-    """Train as `cfg` says, with Megatron Bridge's own ``pretrain``; resumes where ``cfg.checkpoint.load`` has a run.
+    """Train as `cfg` says, with Megatron Bridge's own ``pretrain`` or ``finetune`` (see `is_finetuning`).
+
+    Resumes where ``cfg.checkpoint.load`` has a run.
 
     Each rank sends a `callbacks.StepReport` a step and an `EvalReport` a validation to `on_event`. Where a launcher
     started this process, it joins the launcher's ranks, and `on_event` gets the reports on rank 0, those of the last
-    rank, at each checkpoint and at the end; see `launched.LaunchedReporter`. The Hugging Face
-    files of an imported model (``hf_source/``) are handed on to ``cfg.checkpoint.save``, so that it exports alone.
+    rank, every ``cfg.logger.log_interval`` steps, at each checkpoint and at the end; see `launched.LaunchedReporter`.
+    The Hugging Face files of an imported model (``hf_source/``) are handed on to ``cfg.checkpoint.save``, so that it
+    exports alone.
 
     Args:
         cfg: a ``ConfigContainer``.
@@ -142,6 +204,7 @@ def run_pretrain(
         UserError: the configuration cannot be used on this machine.
         JobError: a rank failed.
     """
+    check_start(cfg)
     if launched_as_rank():
         check_layout(cfg, int(os.environ["WORLD_SIZE"]))
         _pretrain(cfg, on_event)
@@ -152,18 +215,21 @@ def run_pretrain(
 
 
 def _pretrain(cfg: Any, on_event: Callable[[int, Any], None] | None = None) -> None:
-    from megatron.bridge.training.gpt_step import forward_step
+    from megatron.bridge.training.finetune import finetune
     from megatron.bridge.training.pretrain import pretrain
 
+    from falcon_bridge.bitnet.callbacks import bitnet_callbacks
     from falcon_bridge.training.callbacks import StepReporter
+    from falcon_bridge.training.forward_step import forward_step
     from falcon_bridge.training.launched import LaunchedReporter
 
-    reporter = StepReporter() if on_event is None else LaunchedReporter(on_event)
+    run = finetune if is_finetuning(cfg) else pretrain
+    reporter = StepReporter() if on_event is None else LaunchedReporter(on_event, cfg.logger.log_interval)
     if cfg.checkpoint.save and os.environ.get("RANK", "0") == "0":
         _keep_hf_source(cfg)
     with cpu_runtime():
         try:
-            pretrain(cfg, forward_step, callbacks=[reporter])
+            run(cfg, forward_step, callbacks=[reporter, *bitnet_callbacks(cfg)])
         except SystemExit as stop:
             # train.exit_interval and its like end the process once the checkpoint is written
             if stop.code:

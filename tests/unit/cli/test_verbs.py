@@ -9,12 +9,7 @@ import time
 
 import pytest
 
-from falcon_bridge.demo.text import python_reference, train_tokenizer, write_indexed_dataset
 from falcon_bridge.training.memory import count_parameters
-
-
-TINY = "falcon_h1_tiny_cpu_pretrain_config"
-SMALL = ["model.num_layers=1", "model.hidden_size=32", "dataset.seq_length=32", "train.micro_batch_size=4"]
 
 
 def _json(result):
@@ -74,64 +69,6 @@ def test_roundtrip_says_what_differs(run, pristine, monkeypatch):
     found = json.loads(result.stdout)
     assert result.exit_code == 1 and not found["ok"]
     assert found["mismatched"] == ["model.layers.0.mamba.D", "model.layers.1.mamba.D"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("corpus")
-    documents = python_reference().train[:12]
-    tokenizer = train_tokenizer(documents, 401, directory / "tokenizer", 256)
-    write_indexed_dataset(documents, tokenizer, directory / "text")
-    return directory / "text"
-
-
-def test_train_resumes_and_exports(run, corpus, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    overrides = [*SMALL, "scheduler.lr_decay_iters=6", "scheduler.lr_wsd_decay_iters=2", "scheduler.lr_warmup_iters=1"]
-    common = ["train", "--recipe", TINY, "--dataset", corpus, "--json", "dataset.split='70,15,15'", *overrides]
-    # two ranks see each validation; the second run has one
-    first = _json(
-        run(*common, "train.train_iters=4", "validation.eval_interval=2", "model.tensor_model_parallel_size=2")
-    )
-    assert (first["first_step"], first["last_step"]) == (1, 4) and len(first["losses"]) == 4
-    assert [evaluation["step"] for evaluation in first["evaluations"]] == [2, 4]
-    assert first["evaluations"][0]["loss"] > 0
-    second = _json(run(*common, "train.train_iters=6"))
-    assert (second["first_step"], second["last_step"]) == (5, 6)
-    assert second["losses"][0] < first["losses"][0]
-    exported = _json(run("convert", "export", second["checkpoint"], tmp_path / "hf", "--json"))
-    assert exported["config_from"] == "provider" and exported["iteration"] == 6
-
-
-def test_train_from_a_checkpoint_keeps_its_files(run, pristine, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    megatron = tmp_path / "megatron"
-    _json(run("convert", "import", pristine, megatron, "--json"))
-    args = ["train", "--recipe", TINY, "--hf-path", pristine, "dataset.seq_length=16", "train.global_batch_size=2"]
-    args += ["train.micro_batch_size=2", "train.train_iters=1", "scheduler.lr_warmup_iters=0", "optimizer.lr=1e-30"]
-    args += ["optimizer.min_lr=0.0", f"checkpoint.save={tmp_path / 'run'}", f"checkpoint.load={tmp_path / 'run'}"]
-    args += ["validation.eval_iters=0", f"checkpoint.pretrained_checkpoint={megatron}"]
-    _json(run(*args, "--json"))
-    _json(run("convert", "export", tmp_path / "run", tmp_path / "hf", "--json"))
-    from falcon_bridge.conversion.compare import compare_checkpoints
-
-    # a step at this learning rate changes no weight
-    assert compare_checkpoints(pristine, tmp_path / "hf").ok
-
-
-def test_dry_run_shows_the_resolved_configuration_and_writes_nothing(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    args = ["train", "--recipe", "falcon_h1_7b_pretrain_config", "--dry-run", "--nproc", "16"]
-    found = _json(run(*args, "--json", "model.tensor_model_parallel_size=4"))
-    assert found["config"]["model"]["tensor_model_parallel_size"] == 4 and found["ranks"] == 16
-    assert found["tokens_per_step"] == 512 * 4096
-    # six FLOPs a token and parameter that multiplies (the embedding does not), and more for attention and the scan
-    multiplying = found["parameters"] - 130049 * 3072
-    assert 1 < found["flops_per_step"] / (6 * multiplying * found["tokens_per_step"]) < 1.3
-    assert found["memory_bytes"]["weights"] == found["parameters"] // 4 * 2
-    shown = run(*args)
-    assert "tensor_model_parallel_size: 2" in shown.stdout and "GiB a rank" in shown.stdout
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_demo_refuses_a_directory_in_use(run, tmp_path):

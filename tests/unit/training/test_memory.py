@@ -1,9 +1,16 @@
+import math
+
 import pytest
 import torch
 
-from falcon_bridge.training.memory import count_parameters, state_memory
+from falcon_bridge.ranks import run_ranks
+from falcon_bridge.training.advice import advice, fewest_gpus, peak_memory
+from falcon_bridge.training.memory import count_parameters, estimate_memory, usable_memory
+from falcon_bridge.training.parameters import stage_parameters
+from falcon_bridge.training.shapes import padded_vocab_size, rank_shapes, stage_chunks
 
 
+GIB = 2**30
 RELEASED = {
     "90M": 91.1e6,
     "500M": 521e6,
@@ -50,13 +57,170 @@ def test_patterns_and_missing_branches_count_what_they_build():
     assert count() == mamba + 4 * (attention + mlp + norm) + embeddings
 
 
-def test_state_memory_shards_what_is_sharded():
-    from falcon_bridge.recipes import falcon_h1_7b_pretrain_config, falcon_h1_tiny_cpu_pretrain_config
+def provider(**fields):
+    from falcon_bridge import FalconH1ModelProvider
+    from tests.unit.models.falcon_h1.test_model import TINY
 
-    cfg = falcon_h1_7b_pretrain_config()
-    memory = state_memory(cfg, 16)  # TP 2, DP 8, bf16, distributed optimizer
-    parameters = count_parameters(cfg.model) / 2
-    assert (memory.weights, memory.gradients) == (int(2 * parameters), int(4 * parameters))
-    assert memory.optimizer == int(12 * parameters / 8)
-    tiny = falcon_h1_tiny_cpu_pretrain_config()
-    assert state_memory(tiny, 2).total == 16 * count_parameters(tiny.model)
+    built = FalconH1ModelProvider(**{**TINY, "layer_pattern": "PM*-", **fields})
+    built.finalize()
+    return built
+
+
+def built_parameters(layouts):
+    """Parameters of this rank's model under each layout."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from falcon_bridge.compat import cpu_runtime
+
+    counts = []
+    for fields in layouts:
+        with cpu_runtime():
+            config = provider(**fields)
+            tp, pp = config.tensor_model_parallel_size, config.pipeline_model_parallel_size
+            parallel_state.initialize_model_parallel(tp, pp, config.virtual_pipeline_model_parallel_size)
+            model_parallel_cuda_manual_seed(0)
+            chunks = config.provide_distributed_model(wrap_with_ddp=False)
+            counts.append(sum(p.numel() for chunk in chunks for p in chunk.parameters()))
+            parallel_state.destroy_model_parallel()
+    return counts
+
+
+LAYOUTS = [
+    {"tensor_model_parallel_size": 2},
+    {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1, "pipeline_dtype": torch.float32},
+    {
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "pipeline_dtype": torch.float32,
+        "share_embeddings_and_output_weights": True,
+    },
+    {
+        "pipeline_model_parallel_size": 2,
+        "pipeline_model_parallel_layout": "Et|tttL",
+        "pipeline_dtype": torch.float32,
+    },
+]
+
+
+def test_ranks_hold_what_they_build():
+    built = run_ranks(built_parameters, 2, LAYOUTS, device="cpu", timeout_seconds=120)
+    for index, fields in enumerate(LAYOUTS):
+        config = provider(**fields)
+        stages = config.pipeline_model_parallel_size
+        for rank in range(2):
+            stage = rank if stages == 2 else 0
+            layers = [kind for chunk in stage_chunks(config, stage) for kind in chunk]
+            assert stage_parameters(config, layers, stage) == built[rank][index], (fields, rank)
+
+
+def recipe(name, *overrides):
+    from falcon_bridge import recipes
+    from falcon_bridge.training.recipe import apply_overrides
+
+    cfg = apply_overrides(getattr(recipes, name)(), overrides)
+    cfg.model.finalize()
+    return cfg
+
+
+def test_state_shards_what_is_sharded():
+    cfg = recipe("falcon_h1_7b_pretrain_config")
+    (memory,) = estimate_memory(cfg, 16)  # TP 2, DP 8, bf16, distributed optimizer
+    split = count_parameters(cfg.model) / 2
+    # norms are on both ranks, and the vocabulary is padded
+    padding = 2 * (padded_vocab_size(cfg.model) - cfg.model.vocab_size) * cfg.model.hidden_size / 2
+    norms = (2 * cfg.model.num_layers + 1) * cfg.model.hidden_size / 2
+    parameters = split + padding + norms
+    assert (memory.weights, memory.gradients) == (2 * parameters, 4 * parameters)
+    assert memory.optimizer == math.ceil(12 * parameters / 8)
+    assert estimate_memory(cfg, 32)[0].optimizer == math.ceil(12 * parameters / 16)
+    tiny = recipe("falcon_h1_tiny_cpu_pretrain_config")
+    parameters = stage_parameters(tiny.model, stage_chunks(tiny.model, 0)[0], 0)
+    (memory,) = estimate_memory(tiny, 2)  # fp32: no main weights, and no distributed optimizer
+    assert memory.state == 16 * parameters
+
+
+def test_precision_aware_optimizer_and_gradients_in_16_bits():
+    plain = estimate_memory(recipe("falcon_h1_500m_pretrain_config"), 1)[0]
+    cfg = recipe("falcon_h1_500m_pretrain_config", "optimizer.use_precision_aware_optimizer=true")
+    cfg.optimizer.exp_avg_dtype = cfg.optimizer.exp_avg_sq_dtype = torch.bfloat16
+    memory = estimate_memory(cfg, 1)[0]
+    assert memory.optimizer == plain.optimizer // 2  # 2 bytes for what the weight lacks, 2 for each moment
+    from megatron.bridge.training.mixed_precision import bf16_mixed
+
+    cfg.mixed_precision = bf16_mixed()
+    cfg.mixed_precision.grad_reduce_in_fp32 = False
+    assert estimate_memory(cfg, 1)[0].gradients == plain.gradients // 2
+
+
+def test_adapters_train_little():
+    full, adapters = recipe("falcon_h1_7b_sft_config"), recipe("falcon_h1_7b_peft_config")
+    (whole,), (few,) = estimate_memory(full, 2), estimate_memory(adapters, 2)
+    assert few.gradients < whole.gradients / 50 and few.optimizer < whole.optimizer / 50
+    assert whole.weights < few.weights < 1.05 * whole.weights
+    assert few.activations > whole.activations
+
+
+def test_micro_batches_in_flight():
+    fields = {
+        "pipeline_model_parallel_size": 4,
+        "num_layers": 8,
+        "layer_pattern": None,
+        "pipeline_dtype": torch.float32,
+    }
+    cfg = recipe("falcon_h1_tiny_cpu_pretrain_config", "train.micro_batch_size=1", "train.global_batch_size=8")
+
+    def activations(**more):
+        cfg.model = provider(**{**fields, **more})
+        return [stage.activations for stage in estimate_memory(cfg, 4)]
+
+    held = activations()
+    assert [bytes_ // held[-1] for bytes_ in held] == [4, 3, 2, 1]
+    cfg.train.global_batch_size = 2
+    assert [bytes_ // held[-1] for bytes_ in activations()] == [2, 2, 2, 1]
+    cfg.train.global_batch_size = 8
+    # interleaved: warm-ups of 2·(stages after) + one group, and one more, of half the layers each
+    interleaved = activations(virtual_pipeline_model_parallel_size=2)
+    assert [2 * bytes_ // held[-1] for bytes_ in interleaved] == [11, 9, 7, 5]
+
+
+def test_context_and_sequence_parallelism_split_tokens():
+    from falcon_bridge import FalconH1ModelProvider7B
+
+    def shapes(**fields):
+        model = FalconH1ModelProvider7B(seq_length=4096, **fields)
+        model.finalize()
+        return rank_shapes(model, 2, half=True)
+
+    one, split = shapes(), shapes(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2)
+    assert (one.tokens, one.sharded_tokens, one.ssm_tokens) == (8192, 8192, 8192)
+    assert (split.tokens, split.sharded_tokens, split.ssm_tokens) == (4096, 2048, 8192)
+    assert (split.ssm_inner, split.ssm_channels) == (one.ssm_inner // 4, one.ssm_inner // 2)
+    assert split.ssm_bc == one.ssm_bc  # one group: every rank has all of it
+    assert (split.query, split.key, split.ffn) == (one.query // 2, one.key // 2, one.ffn // 2)
+
+
+def test_advice_is_true():
+    cfg = recipe("falcon_h1_7b_pretrain_config")
+    limit = 75 * GIB
+    assert peak_memory(cfg, 2) > limit
+    found = advice(cfg, 2, limit)
+    assert 1 <= len(found) <= 4 and found[0][1] == 2
+    for overrides, ranks, peak in found:
+        changed = recipe("falcon_h1_7b_pretrain_config", *overrides.split())
+        assert peak_memory(changed, ranks) == peak <= limit, overrides
+    assert peak_memory(cfg, fewest_gpus(cfg, limit)) <= limit < peak_memory(cfg, fewest_gpus(cfg, limit) // 2)
+    # a limit that nothing meets
+    assert advice(cfg, 2, GIB) == [] and fewest_gpus(cfg, GIB) is None
+
+
+def test_advice_lowers_the_micro_batch_of_a_long_row():
+    cfg = recipe("falcon_h1_500m_pretrain_config", "dataset.seq_length=16384", "train.micro_batch_size=8")
+    found = advice(cfg, 1, 75 * GIB)
+    assert found and any("train.micro_batch_size" in overrides for overrides, _, _ in found)
+    assert all("tensor_model_parallel_size" not in overrides for overrides, _, _ in found)
+
+
+def test_limit_without_a_gpu_is_an_h100_less_a_reserve():
+    if not torch.cuda.is_available():
+        assert 70 * GIB < usable_memory() < 79 * GIB
