@@ -6,7 +6,8 @@
 - The distributed optimizer's reshardable format takes the buckets of its buffer to be adjacent. Where one is padded at
   its end (tied embeddings under pipeline parallelism, overlapped gradient reduction with widths that are not multiples
   of 128) everything behind it is written shifted, without an error.
-- The distributed optimizer cannot load its state into torch's Adam (its base without Transformer Engine or APEX).
+- The distributed optimizer cannot load its state into torch's Adam (its base without Transformer Engine or APEX), and
+  would let all parameters share one step count, which each of them then advances in every step.
 
 Models without these properties see no difference.
 """
@@ -33,6 +34,7 @@ def repair_optimizer_state() -> None:
     build = distributed._build_optimizer_group_ranges.__func__
     distributed._build_optimizer_group_ranges = classmethod(_with_fp32_first(build))
     distributed.sharded_state_dict = _with_state_to_load_into(distributed.sharded_state_dict)
+    distributed.load_state_dict = _with_a_step_each(distributed.load_state_dict)
     distributed._set_main_param_and_optimizer_states = _but_the_step(distributed._set_main_param_and_optimizer_states)
     distributed.sharded_param_state_fully_reshardable = _with_padded_buckets(
         distributed.sharded_param_state_fully_reshardable
@@ -103,6 +105,19 @@ def _with_state_to_load_into(original: Callable) -> Callable:
         return original(self, model_sharded_state_dict, is_loading, **kwargs)
 
     return sharded_state_dict
+
+
+def _with_a_step_each(original: Callable) -> Callable:
+    """Give each parameter its own step count after loading into torch's Adam, which counts in place."""
+
+    @wraps(original)
+    def load_state_dict(self, state_dict: dict) -> None:
+        original(self, state_dict)
+        if isinstance(self.optimizer, torch.optim.Adam):
+            for state in self.optimizer.state.values():
+                state["step"] = state["step"].clone()
+
+    return load_state_dict
 
 
 def _but_the_step(original: Callable) -> Callable:

@@ -4,6 +4,8 @@ import os
 import pytest
 import torch
 
+from tests.gpu.rank import FULL_PRECISION, ONE_KERNEL_CONFIG, own_rank
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_rank(tmp_path_factory):
@@ -21,6 +23,20 @@ def one_rank(tmp_path_factory):
     yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def fp32_rank():
+    """``run(fn, *args)`` in a process of its own where fp32 means fp32: no TF32 in cuBLAS, nor in Triton's dots."""
+    with own_rank({**ONE_KERNEL_CONFIG, **FULL_PRECISION}) as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def rank():
+    """``run(fn, *args)`` in a process of its own, whose kernels are not tuned."""
+    with own_rank(ONE_KERNEL_CONFIG) as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

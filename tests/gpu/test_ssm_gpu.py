@@ -70,13 +70,16 @@ def packed(lengths) -> PackedSeqParams:
     )
 
 
+def linspace_like(y: torch.Tensor) -> torch.Tensor:
+    return torch.linspace(0.5, 1.5, y.numel(), device=y.device).view_as(y).to(y.dtype)
+
+
 def run(module, backend: str, x: torch.Tensor, packed_seq_params=None):
     module.config.ssm_backend = backend
     module.zero_grad()
     x = x.detach().requires_grad_()
     y, _ = module(x, packed_seq_params)
-    weights = torch.linspace(0.5, 1.5, y.numel(), device=y.device).view_as(y).to(y.dtype)
-    (y * weights).sum().backward()
+    (y * linspace_like(y)).sum().backward()
     return {"y": y.detach(), "x": x.grad, **{name: p.grad.clone() for name, p in module.named_parameters()}}
 
 
@@ -97,12 +100,20 @@ def test_fused_agrees_with_torch(dtype, tolerance, groups, gated_norm, report):
 
 @pytest.mark.parametrize("backend", ["torch", "mamba_ssm"])
 def test_packed_documents_get_what_they_get_alone(backend, report):
+    """Values and gradients. TF32 in Triton's dots here; test_parity_gpu.py has it off."""
     module = mixer(provider(torch.float32, 2, True, backend))
     randomize(module)
     x = torch.randn(sum(LENGTHS), 1, 192, device="cuda")
-    row = module(x, packed(LENGTHS))[0]
+    row = run(module, backend, x, packed(LENGTHS))
     module.config.ssm_backend = "torch"  # causal-conv1d refuses a row of one token
-    alone = torch.cat([module(document)[0] for document in x.split(LENGTHS)])
-    error = ((row - alone).abs().max() / alone.abs().max()).item()
-    report(test="ssm packed", backend=backend, error=error)
-    assert error < (1e-5 if backend == "torch" else 2e-3)
+    module.zero_grad()
+    x = x.detach().requires_grad_()
+    y = torch.cat([module(document)[0] for document in x.split(LENGTHS)])
+    (y * linspace_like(y)).sum().backward()
+    alone = {"y": y.detach(), "x": x.grad, **{name: p.grad for name, p in module.named_parameters()}}
+    errors = {name: ((row[name] - alone[name]).norm() / alone[name].norm()).item() for name in alone}
+    worst = max(errors, key=errors.get)
+    largest = ((row["y"] - alone["y"]).abs().max() / alone["y"].abs().max()).item()
+    report(test="ssm packed", backend=backend, error=largest, worst=worst, worst_error=errors[worst])
+    assert largest < (1e-5 if backend == "torch" else 2e-3)
+    assert errors[worst] < (1e-5 if backend == "torch" else 5e-3), errors
