@@ -1,3 +1,4 @@
+import itertools
 import os
 import re
 import shlex
@@ -69,7 +70,7 @@ def test_table_of_verbs_is_that_of_the_command_line():
         verbs |= {f"{name} {command.name or command.callback.__name__}" for command in group.registered_commands}
     table = README[README.index("| verb | does |") :].split("\n\n")[0]
     cells = " ".join(line.split(" | ")[0] for line in table.splitlines()[2:])
-    named = {re.match(r"(convert )?[a-z]+", code).group() for code in re.findall(r"`([^`]+)`", cells)}
+    named = {re.match(r"((convert|data) )?[a-z-]+", code).group() for code in re.findall(r"`([^`]+)`", cells)}
     assert named == verbs
 
 
@@ -162,7 +163,7 @@ def test_recipes_in_the_text_are_those_there_are():
     from falcon_bridge.recipes import RECIPES
 
     named = set()
-    for text in re.findall(r"`(falcon_h1_\S+?_config)`", README):
-        prefix, braces, rest = re.match(r"([^{]*)(?:\{([^}]*)\}(.*))?", text).groups()
-        named |= {f"{prefix}{name}{rest or ''}" for name in (braces.split(",") if braces else [""])}
+    for text in re.findall(r"`(falcon_(?:h1|edge)_\S+?_config)`", README):
+        parts = [part.split(",") for part in re.split(r"[{}]", text)]
+        named |= {"".join(choice) for choice in itertools.product(*parts)}
     assert named == set(RECIPES)
