@@ -21,7 +21,7 @@ from falcon_bridge.registration import register
 
 __version__ = "0.1.0"
 
-_H1 = "falcon_bridge.models.falcon_h1"
+_H1, _EDGE = "falcon_bridge.models.falcon_h1", "falcon_bridge.models.falcon_edge"
 _LAZY = {
     "FalconH1ModelProvider": f"{_H1}.provider",
     **{
@@ -29,6 +29,10 @@ _LAZY = {
         for size in ("90M", "500M", "1P5B", "1P5BDeep", "3B", "7B", "34B")
     },
     "FalconH1Bridge": f"{_H1}.bridge",
+    "FalconEdgeModelProvider": f"{_EDGE}.provider",
+    "FalconEdgeModelProvider1B": f"{_EDGE}.sizes",
+    "FalconEdgeModelProvider3B": f"{_EDGE}.sizes",
+    "FalconEdgeBridge": f"{_EDGE}.bridge",
     "falcon_h1_multipliers": f"{_H1}.mup",
 }
 

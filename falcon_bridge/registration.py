@@ -18,4 +18,5 @@ def register() -> None:
     AutoMapping.register_module_type("BitNetRowParallelLinear", "row")
     patch_missing_helpers_makefile()
     repair_optimizer_state()
-    import falcon_bridge.models.falcon_h1.bridge  # noqa: F401  registers itself
+    import falcon_bridge.models.falcon_edge.bridge
+    import falcon_bridge.models.falcon_h1.bridge  # noqa: F401  they register themselves

@@ -101,7 +101,7 @@ class ReferenceBackend:
         dtype: torch.dtype,
     ) -> torch.Tensor:
         """See `Backend`."""
-        return (reference.product_of_codes(codes, weight_codes) / (scale * row_scales)).to(dtype)
+        return reference.divide_by_scales(reference.product_of_codes(codes, weight_codes), scale * row_scales, dtype)
 
     def grad_input(
         self, grad: torch.Tensor, weight_codes: torch.Tensor, row_scales: torch.Tensor, dtype: torch.dtype

@@ -11,7 +11,7 @@ from falcon_bridge.bitnet.backends import Backend, choose_backend
 from falcon_bridge.bitnet.codes import CodesCache, WeightCodes, invalidate
 from falcon_bridge.bitnet.function import Exchange, ternary_linear
 from falcon_bridge.bitnet.segments import gate_up_row_segments, qkv_row_segments
-from falcon_bridge.bitnet.strength import at_current_strength
+from falcon_bridge.bitnet.strength import at_current_strength, is_scheduled
 
 
 Matrices = Literal["qkv", "gate_up"]
@@ -60,6 +60,11 @@ class _BitNetLinear(torch.nn.Module):
     def _multiply(self, x: torch.Tensor, weight: torch.Tensor, **exchanged: bool) -> torch.Tensor:
         if weight is not self.weight:
             raise ValueError("a BitNet linear multiplies by its own weight: do not hand it another")
+        if self.training and getattr(self.config, "bitnet_warmup_steps", 0) and not is_scheduled():
+            raise ValueError(
+                "bitnet_warmup_steps needs what raises the strength: give falcon_bridge.bitnet.callbacks."
+                "bitnet_callbacks(cfg) to pretrain's callbacks, or set bitnet_warmup_steps=0"
+            )
         backend = at_current_strength(self._backend())
         group = self._group()
         return ternary_linear(

@@ -178,7 +178,7 @@ class _BitLinear(torch.autograd.Function):
             codes if W_needs_grad else None,
             scale if W_needs_grad else None,
         )
-        return (product_of_codes(codes, weight_codes) / (scale * row_scales)).to(x.dtype)
+        return divide_by_scales(product_of_codes(codes, weight_codes), scale * row_scales, x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -213,6 +213,20 @@ def product_of_codes(codes: torch.Tensor, weight_codes: torch.Tensor) -> torch.T
     dtype = torch.float32 if exact_in_fp32 else torch.float64
     with torch.autocast(codes.device.type, enabled=False):
         return (codes.to(dtype) @ weight_codes.to(dtype).T).float()
+
+
+def divide_by_scales(product: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``product / scales`` rounded to `dtype`; divided in fp32, or in fp64 where `dtype` is that.
+
+    The products of the parts of a row, which tensor-parallel ranks hold, then add up to the whole row's in fp64.
+
+    Args:
+        product: fp32 `[..., n]`, from `product_of_codes`.
+        scales: fp32, broadcastable to it: those of activations times those of weights.
+        dtype: Of the result.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+    return (product.to(wide) / scales.to(wide)).to(dtype)
 
 
 def _as_matrix(tensor: torch.Tensor) -> torch.Tensor:

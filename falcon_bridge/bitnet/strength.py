@@ -12,6 +12,7 @@ from falcon_bridge.bitnet.backends import Backend
 
 
 _strength = 1.0
+_scheduled = False
 
 
 def quantization_strength() -> float:
@@ -32,8 +33,13 @@ def set_quantization_strength(strength: float) -> None:
     """
     if not 0.0 <= strength <= 1.0:
         raise ValueError(f"the quantisation strength must be from 0 (dense) to 1 (ternary), got {strength}")
-    global _strength
-    _strength = float(strength)
+    global _strength, _scheduled
+    _strength, _scheduled = float(strength), True
+
+
+def is_scheduled() -> bool:
+    """Whether anything in this process has set λ."""
+    return _scheduled
 
 
 def at_current_strength(backend: Backend) -> Backend:

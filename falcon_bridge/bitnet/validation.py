@@ -7,13 +7,20 @@ def check_bitnet(config) -> None:
     """Refuse what BitNet linears would leave dense, get wrong or fail on; without `use_bitnet`, what it would need.
 
     Args:
-        config: A model provider with the fields `use_bitnet` and `bitnet_backend`, not necessarily finalized.
+        config: A model provider with the fields `use_bitnet`, `bitnet_backend` and `bitnet_warmup_steps`, not
+            necessarily finalized.
 
     Raises:
         ValueError: With one line that names the field and says what to change.
     """
     check_choice(config.bitnet_backend)
+    if config.bitnet_warmup_steps < 0:
+        raise ValueError(f"bitnet_warmup_steps must be 0 or more, not {config.bitnet_warmup_steps}")
     if not config.use_bitnet:
+        if config.bitnet_warmup_steps:
+            raise ValueError(
+                f"bitnet_warmup_steps={config.bitnet_warmup_steps} would do nothing: set use_bitnet=True, or keep 0"
+            )
         if config.bitnet_backend != "auto":
             raise ValueError(
                 f"bitnet_backend={config.bitnet_backend!r} would do nothing: set use_bitnet=True, or keep 'auto'"

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from falcon_bridge.cli.session import DebugOption, JsonOption, Session, session
-from falcon_bridge.errors import UserError
 
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ Force = Annotated[bool, typer.Option("--force", help="Replace the output directo
 AllowNonfinite = Annotated[
     bool, typer.Option("--allow-nonfinite", help="Accept NaN, infinite or absurdly large (> 1e8) weights.")
 ]
-_FORMATS = ("hf", "bitnet", "prequantized", "bf16")
 
 
 @convert.command("import")
@@ -63,6 +61,7 @@ def import_(
     """
     with session(json, debug) as current, _bars(current) as progress:
         started = time.monotonic()
+        from falcon_bridge.conversion.bitnet_checkpoint import weights_form
         from falcon_bridge.conversion.importer import import_checkpoint
 
         layout = _layout(tp, pp, cp, sequence_parallel)
@@ -77,11 +76,18 @@ def import_(
             "bytes": source.nbytes,
             "checksums_verified": source.has_checksums,
             "tokenizer": source.has_tokenizer,
+            "form": weights_form(source.config, source.tensors),
             "layout": layout.describe(),
             "seconds": round(time.monotonic() - started, 1),
         }
         current.finish(result)
     _say(json, f"imported {result['tensors']} tensors ({source.nbytes / 1e6:.1f} MB) to {megatron_dir}")
+    if result["form"] in ("bitnet", "bf16"):
+        _say(
+            json,
+            f"{source.path} holds ternary codes: they and their scales are kept exactly, but the latent weights that "
+            "the model was trained with are not in it; to train on, prefer a prequantized checkpoint",
+        )
     if not source.has_checksums:
         _say(json, f"{source.path} has no SHA-256 checksums: nothing to verify the files against")
     if not source.has_tokenizer:
@@ -92,7 +98,13 @@ def import_(
 def export(
     megatron_dir: Annotated[Path, typer.Argument(metavar="MEGATRON_DIR", help="Megatron checkpoint, or an iter_*.")],
     hf_dir: Annotated[Path, typer.Argument(metavar="HF_DIR", help="Hugging Face checkpoint directory to make.")],
-    format: Annotated[str, typer.Option(help="hf; bitnet, prequantized and bf16 are for Falcon-Edge.")] = "hf",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="hf (as it was imported); for ternary models also bitnet (packed codes), prequantized (latent "
+            "weights, to train on) and bf16 (dequantised)."
+        ),
+    ] = "hf",
     tp: TP = 1,
     pp: PP = 1,
     cp: CP = 1,
@@ -104,18 +116,25 @@ def export(
 ) -> None:
     """Make a Hugging Face checkpoint of a Megatron one; stock transformers loads it.
 
-    [bold]Example[/bold]
+    [bold]Examples[/bold]
 
     falcon-bridge convert export ./megatron/falcon-h1-0.5b ./hf/falcon-h1-0.5b
+
+    falcon-bridge convert export ./megatron/falcon-edge-1b ./hf/falcon-edge-1b-packed --format bitnet
     """
     with session(json, debug) as current, _bars(current) as progress:
         started = time.monotonic()
-        _check_format(format)
         from falcon_bridge.conversion.exporter import export_checkpoint
 
         layout = _layout(tp, pp, cp, sequence_parallel)
         exported = export_checkpoint(
-            megatron_dir, hf_dir, layout, force=force, allow_nonfinite=allow_nonfinite, progress=progress
+            megatron_dir,
+            hf_dir,
+            layout,
+            format=format,
+            force=force,
+            allow_nonfinite=allow_nonfinite,
+            progress=progress,
         )
         current.finish(
             {
@@ -126,6 +145,7 @@ def export(
                 "tensors": exported.tensors,
                 "bytes": exported.nbytes,
                 "config_from": exported.config_from,
+                "form": exported.form,
                 "layout": layout.describe(),
                 "seconds": round(time.monotonic() - started, 1),
             }
@@ -188,15 +208,6 @@ def _layout(tp: int, pp: int, cp: int, sequence_parallel: bool) -> "ParallelLayo
     from falcon_bridge.verification.layout import ParallelLayout
 
     return ParallelLayout(tp=tp, pp=pp, cp=cp, sequence_parallel=sequence_parallel)
-
-
-def _check_format(name: str) -> None:
-    if name not in _FORMATS:
-        raise UserError(f"--format {name} is unknown: use one of {', '.join(_FORMATS)}")
-    if name != "hf":
-        raise UserError(
-            f"--format {name} is for Falcon-Edge (BitNet) models, which this version does not convert: use hf"
-        )
 
 
 def _say(json: bool, text: str) -> None:

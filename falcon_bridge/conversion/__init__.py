@@ -1,1 +1,1 @@
-"""Falcon-H1 checkpoints between Hugging Face and Megatron: checked before, bit-exact, nothing half-written."""
+"""Falcon-H1 and Falcon-Edge checkpoints between Hugging Face and Megatron: checked, exact, nothing half-written."""

@@ -1,11 +1,20 @@
 """A Hugging Face checkpoint directory, found and checked."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from falcon_bridge.conversion.bitnet_checkpoint import (
+    CODES_PER_BYTE,
+    check_packed_values,
+    check_scales,
+    is_packed,
+    packed_shapes,
+)
+from falcon_bridge.conversion.bitnet_config import is_bitnet, is_ternary_weight
 from falcon_bridge.conversion.checksums import CHECKSUMS_NAME, verify_checksums
 from falcon_bridge.conversion.hf_config import read_config
 from falcon_bridge.conversion.safetensors_files import (
@@ -47,6 +56,23 @@ class HFCheckpoint:
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    @property
+    def packed(self) -> bool:
+        """Whether its projections are ternary codes, four to a byte."""
+        return is_packed(self.tensors)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, whatever bytes they take."""
+        return sum(self.matrix_sizes()) + sum(
+            math.prod(info.shape) for name, info in self.tensors.items() if not is_ternary_weight(name)
+        )
+
+    def matrix_sizes(self) -> list[int]:
+        """Number of weights of each ternary matrix."""
+        per_element = CODES_PER_BYTE if self.packed else 1
+        return [math.prod(info.shape) * per_element for name, info in self.tensors.items() if is_ternary_weight(name)]
 
     @property
     def has_tokenizer(self) -> bool:
@@ -96,6 +122,7 @@ def check_checkpoint(
     *,
     values: bool = True,
     allow_nonfinite: bool = False,
+    ternary_falcon_h1: bool = False,
     progress: Callable[[str], None] = lambda tensor: None,
 ) -> HFCheckpoint:
     """Find and check a Hugging Face checkpoint: config, files, index, tensor names and shapes, values, sums.
@@ -104,20 +131,27 @@ def check_checkpoint(
         name: a directory or hub id.
         values: also read every value, and compare the files with their SHA-256 sums where there are any.
         allow_nonfinite: accept NaN, infinite and absurdly large weights.
+        ternary_falcon_h1: as `hf_config.read_config`.
         progress: called with the name of each tensor that was read.
 
     Raises:
         UserError: with the first thing that is wrong, and what to do.
     """
     path = resolve_checkpoint(name)
-    config = read_config(path)
+    config = read_config(path, ternary_falcon_h1=ternary_falcon_h1)
     tensors = read_headers(path)
-    check_dtypes(path, tensors)
+    packed = is_bitnet(config) and is_packed(tensors)
+    if packed:
+        check_scales(path, tensors)
+    floating = {name: info for name, info in tensors.items() if not (packed and is_ternary_weight(name))}
+    check_dtypes(path, floating)
     _check_sizes(path, config, tensors)
     check_shapes(path, config, tensors)
     has_checksums = False
     if values:
         has_checksums = verify_checksums(path)
+        if packed:
+            check_packed_values(config, tensors)
         check_values(tensors, allow_nonfinite=allow_nonfinite, progress=progress)
     if config.get("tie_word_embeddings") and TIED_HEAD in tensors:
         if values and not same_bits(tensors[TIED_HEAD], tensors[EMBEDDING], (TIED_HEAD, EMBEDDING)):
@@ -179,6 +213,8 @@ def check_shapes(path: Path, config: dict[str, Any], tensors: dict[str, TensorIn
         UserError: one is missing, left over, or of another shape; the message names the first and counts the rest.
     """
     expected = expected_shapes(path)
+    if is_bitnet(config) and is_packed(tensors):
+        expected = packed_shapes(expected)
     found = {name: info.shape for name, info in tensors.items()}
     if "lm_head.weight" not in expected:
         found.pop("lm_head.weight", None)

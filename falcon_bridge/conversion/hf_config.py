@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from falcon_bridge.conversion.bitnet_config import check_quantization_entry, is_bitnet, quantization_entry
 from falcon_bridge.errors import UserError, one_line, suggestion
 
 
@@ -12,7 +13,7 @@ _NUMBER = (int, float)
 _MAX_INTEGER = 2**31 - 1
 
 # field -> (type for a person, Python types); transformers would fill a missing one with the default of another model
-_FALCON_H1_FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
+_LLAMA_FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
     **dict.fromkeys(
         (
             "vocab_size",
@@ -21,20 +22,24 @@ _FALCON_H1_FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
             "num_hidden_layers",
             "num_attention_heads",
             "num_key_value_heads",
-            "mamba_n_heads",
-            "mamba_n_groups",
-            "mamba_d_state",
-            "mamba_d_conv",
-            "mamba_chunk_size",
             "max_position_embeddings",
         ),
         ("an integer", (int,)),
     ),
+    **dict.fromkeys(("head_dim",), ("an integer or null", (int, type(None)))),
+    **dict.fromkeys(("rms_norm_eps",), ("a number", _NUMBER)),
+    **dict.fromkeys(("hidden_act",), ("a string", (str,))),
+}
+_FALCON_H1_FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    **_LLAMA_FIELDS,
+    **dict.fromkeys(
+        ("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_conv", "mamba_chunk_size"),
+        ("an integer", (int,)),
+    ),
     **dict.fromkeys(("mamba_d_head",), ('an integer or "auto"', (int, str))),
-    **dict.fromkeys(("mamba_d_ssm", "head_dim"), ("an integer or null", (int, type(None)))),
+    **dict.fromkeys(("mamba_d_ssm",), ("an integer or null", (int, type(None)))),
     **dict.fromkeys(
         (
-            "rms_norm_eps",
             "embedding_multiplier",
             "lm_head_multiplier",
             "key_multiplier",
@@ -46,16 +51,25 @@ _FALCON_H1_FIELDS: dict[str, tuple[str, tuple[type, ...]]] = {
         ("a number", _NUMBER),
     ),
     **dict.fromkeys(("mamba_rms_norm", "mamba_norm_before_gate", "mamba_conv_bias"), ("true or false", (bool,))),
-    **dict.fromkeys(("hidden_act",), ("a string", (str,))),
 }
 _FALCON_H1_LISTS = {"mlp_multipliers": 2, "ssm_multipliers": 5}
 _OPTIONAL = {"head_dim"}  # transformers 5 writes it only where it was given; the default is hidden_size / heads
 
-SUPPORTED_ARCHITECTURES = ("FalconH1ForCausalLM",)
+FALCON_H1, LLAMA = "FalconH1ForCausalLM", "LlamaForCausalLM"
+SUPPORTED_ARCHITECTURES = (FALCON_H1, LLAMA)
 
 
-def read_config(directory: Path) -> dict[str, Any]:
+def architecture_of(config: dict[str, Any]) -> str:
+    """Which of `SUPPORTED_ARCHITECTURES` a checked config.json is of."""
+    return next(name for name in SUPPORTED_ARCHITECTURES if name in config["architectures"])
+
+
+def read_config(directory: Path, *, ternary_falcon_h1: bool = False) -> dict[str, Any]:
     """The config.json of a checkpoint directory, checked.
+
+    Args:
+        directory: a Hugging Face checkpoint directory.
+        ternary_falcon_h1: accept a quantised Falcon-H1, which can be exported but not imported.
 
     Raises:
         UserError: it is not there or no JSON object; the architecture is not ours; a field that the model depends on
@@ -73,11 +87,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a JSON object: fetch it again")
     _check_architecture(path, config)
-    if config.get("quantization_config") is not None:
-        raise UserError(
-            f'{path} has a "quantization_config": quantised checkpoints are not supported, dequantise it first '
-            "(to float32 or bfloat16)"
-        )
+    _check_quantization(path, config, ternary_falcon_h1)
     _check_fields(path, config)
     return config
 
@@ -93,8 +103,31 @@ def _check_architecture(path: Path, config: dict[str, Any]) -> None:
         )
 
 
+def _check_quantization(path: Path, config: dict[str, Any], ternary_falcon_h1: bool) -> None:
+    entry = config.get("quantization_config")
+    if architecture_of(config) == LLAMA:
+        if not is_bitnet(config):
+            raise UserError(
+                f"{path} is of {LLAMA} without BitNet's marks: Megatron Bridge's own AutoBridge converts it; to train "
+                'it as a ternary model, add "is_bitnet_config": true'
+            )
+        if entry is not None and not isinstance(entry, dict):
+            raise UserError(f'{path}: "quantization_config" must be an object, not {json.dumps(entry)}')
+        try:
+            check_quantization_entry(quantization_entry(config))
+        except ValueError as error:
+            raise UserError(f"{path.parent}: {error}") from None
+    elif entry is not None and not (ternary_falcon_h1 and is_bitnet(config)):
+        raise UserError(
+            f'{path} has a "quantization_config": quantised checkpoints are not supported, dequantise it first '
+            "(to float32 or bfloat16)"
+        )
+
+
 def _check_fields(path: Path, config: dict[str, Any]) -> None:
-    for name, (what, types) in _FALCON_H1_FIELDS.items():
+    falcon_h1 = architecture_of(config) == FALCON_H1
+    fields, lists = (_FALCON_H1_FIELDS, _FALCON_H1_LISTS) if falcon_h1 else (_LLAMA_FIELDS, {})
+    for name, (what, types) in fields.items():
         if name not in config:
             if name in _OPTIONAL:
                 continue
@@ -108,7 +141,7 @@ def _check_fields(path: Path, config: dict[str, Any]) -> None:
             raise UserError(f'{path}: "{name}" is above {_MAX_INTEGER}, which no model has: correct it')
         if isinstance(value, _NUMBER) and not _finite(value):
             raise UserError(f'{path}: "{name}" must be a finite number, not {_shown(value)}')
-    for name, length in _FALCON_H1_LISTS.items():
+    for name, length in lists.items():
         if name not in config:
             raise _missing(path, name, config)
         value = config[name]

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from falcon_bridge.conversion.atomic import atomic_directory, check_target, is_inside
+from falcon_bridge.conversion.bitnet_checkpoint import weights_form
+from falcon_bridge.conversion.bitnet_config import is_scale, is_ternary_weight
 from falcon_bridge.conversion.hf_checkpoint import HFCheckpoint, check_checkpoint, resolve_checkpoint
 from falcon_bridge.conversion.megatron_checkpoint import keep_hf_source
 from falcon_bridge.errors import UserError, one_line
@@ -19,6 +21,9 @@ Progress = Callable[[str, int, int], None]
 
 # the shards' own metadata, run_config.yaml, tokenizer: generous
 _OVERHEAD_BYTES = 16 * 2**20
+_NBYTES = {"F32": 4, "BF16": 2}
+# weights in a matrix from which on bf16 latents made of ternary codes have the codes' scale exactly
+_EXACT_IN_BF16 = 2**18
 
 
 def import_checkpoint(
@@ -34,7 +39,8 @@ def import_checkpoint(
 
     The result loads under any layout; `layout` is that of the conversion itself. Beside the shards it keeps
     config.json and the tokenizer (``hf_source/``), so that `exporter.export_checkpoint` needs nothing else. Weights
-    keep the dtype that they have in the files.
+    keep the dtype that they have in the files; those of a packed or dequantised BitNet checkpoint become latent ones
+    with the same codes and scales.
 
     Args:
         hf: directory or hub id.
@@ -63,7 +69,9 @@ def import_checkpoint(
     if source.has_tokenizer:
         _check_tokenizer(path)
     check_layout(source.path, layout)
-    with atomic_directory(target, force=force, bytes_needed=source.nbytes + _OVERHEAD_BYTES) as partial:
+    dtype = _storage_dtype(source)
+    bytes_needed = source.parameters * _NBYTES[dtype] + _OVERHEAD_BYTES
+    with atomic_directory(target, force=force, bytes_needed=bytes_needed) as partial:
         preload()
         run_ranks(
             _import_on_rank,
@@ -71,12 +79,12 @@ def import_checkpoint(
             source.path,
             partial,
             layout,
-            _storage_dtype(source),
+            dtype,
             source.has_tokenizer,
             on_event=lambda rank, event: progress(*event),
         )
         dtypes = {name: info.dtype for name, info in source.tensors.items()}
-        keep_hf_source(partial, source.companions(), dtypes)
+        keep_hf_source(partial, source.companions(), dtypes, weights_form(source.config, source.tensors))
     return source
 
 
@@ -129,12 +137,24 @@ def _check_tokenizer(path: Path) -> None:
 
 
 def _storage_dtype(source: HFCheckpoint) -> str:
-    """The dtype of the Megatron model: that of the files, the widest where they mix."""
-    dtypes = {info.dtype for info in source.tensors.values()}
+    """The dtype of the Megatron model: that of the files, the widest where they mix.
+
+    Latent weights made of codes have a scale that depends on the number of weights where they are bf16: fp32 for small
+    matrices.
+    """
+    packed = source.packed
+    dtypes = {
+        info.dtype
+        for name, info in source.tensors.items()
+        if not (packed and (is_ternary_weight(name) or is_scale(name)))
+    }
     if "F64" in dtypes:
         raise UserError(f"{source.path} stores F64 tensors: save it in float32 or bfloat16")
     if "F16" in dtypes:
         raise UserError(f"{source.path} stores float16, which overflows in Falcon-H1: save it in bfloat16 or float32")
+    smallest = min(source.matrix_sizes(), default=0)
+    if weights_form(source.config, source.tensors) in ("bitnet", "bf16") and smallest < _EXACT_IN_BF16:
+        return "F32"
     return "F32" if "F32" in dtypes else "BF16"
 
 
@@ -149,9 +169,12 @@ def _import_on_rank(source: Path, target: Path, layout: "ParallelLayout", dtype:
         bridge = AutoBridge.from_hf_pretrained(source)
         provider = prepare_provider(bridge, layout, DTYPES[dtype], load_weights=True)
         emit(("converting", 1, 3))
-        model = provider.provide_distributed_model(
-            wrap_with_ddp=False, use_cpu_initialization=device.type == "cpu", data_parallel_random_init=False
-        )
+        try:
+            model = provider.provide_distributed_model(
+                wrap_with_ddp=False, use_cpu_initialization=device.type == "cpu", data_parallel_random_init=False
+            )
+        except ValueError as error:  # of weights that can be read in two ways
+            raise UserError(f"{source}: {error}") from error
         emit(("converting", 2, 3))
         bridge.save_megatron_model(model, target, hf_tokenizer_path=source if has_tokenizer else None)
         dist.barrier()

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from falcon_bridge.conversion.atomic import atomic_directory
+from falcon_bridge.conversion.bitnet_config import has_packed_weights
 from falcon_bridge.errors import FalconBridgeError, UserError, one_line
 
 
 HF_SOURCE_NAME = "hf_source"
 _DTYPES_NAME = "falcon_bridge.dtypes.json"
+_FORM_NAME = "falcon_bridge.form.json"
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,21 @@ def is_megatron_checkpoint(path: str | Path) -> bool:
     return (path / "latest_checkpointed_iteration.txt").is_file() or (path / "run_config.yaml").is_file()
 
 
-def keep_hf_source(root: Path, files: Iterable[Path], dtypes: dict[str, str]) -> Path:
+def keep_hf_source(root: Path, files: Iterable[Path], dtypes: dict[str, str], form: str | None = None) -> Path:
     """Copy Hugging Face files beside a Megatron checkpoint, so that exporting needs nothing else.
 
     Args:
         root: the Megatron checkpoint's directory.
         files: config.json, tokenizer and so on.
         dtypes: safetensors dtype of each tensor of the source, restored by an export.
+        form: of a BitNet source's weights (`models.falcon_edge.weights.Form`), likewise; None for any other source.
     """
     with atomic_directory(root / HF_SOURCE_NAME) as directory:
         for file in files:
             shutil.copyfile(file, directory / file.name)
         (directory / _DTYPES_NAME).write_text(json.dumps(dtypes, indent=1) + "\n")
+        if form is not None:
+            (directory / _FORM_NAME).write_text(json.dumps({"form": form}) + "\n")
     return root / HF_SOURCE_NAME
 
 
@@ -112,9 +117,17 @@ def source_dtypes(hf_source: Path | None) -> dict[str, str]:
     return json.loads(path.read_text()) if path and path.is_file() else {}
 
 
+def source_form(hf_source: Path | None) -> str | None:
+    """The form of a BitNet source's weights that `keep_hf_source` recorded; packed, where the dtypes show it."""
+    path = hf_source / _FORM_NAME if hf_source else None
+    if path and path.is_file():
+        return json.loads(path.read_text())["form"]
+    return "bitnet" if has_packed_weights(source_dtypes(hf_source)) else None
+
+
 def source_files(hf_source: Path) -> list[Path]:
     """The Hugging Face files that an export restores."""
-    return sorted(path for path in hf_source.iterdir() if path.name != _DTYPES_NAME)
+    return sorted(path for path in hf_source.iterdir() if path.name not in (_DTYPES_NAME, _FORM_NAME))
 
 
 def _is_number(text: str) -> bool:

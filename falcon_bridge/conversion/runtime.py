@@ -23,7 +23,8 @@ def preload() -> None:
     import transformers
 
     # transformers loads them on first use
-    _ = transformers.AutoTokenizer, transformers.AutoModelForCausalLM, transformers.FalconH1ForCausalLM
+    _ = transformers.AutoTokenizer, transformers.AutoModelForCausalLM
+    _ = transformers.FalconH1ForCausalLM, transformers.LlamaForCausalLM
 
 
 @contextlib.contextmanager

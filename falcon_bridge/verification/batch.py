@@ -59,7 +59,8 @@ def random_batch(config, *, batch_size: int, seq_length: int, seed: int, packed:
     tokens = torch.randint(0, config.vocab_size - 1, (batch_size, seq_length), generator=generator)
     pad = config.pad_token_id if config.pad_token_id is not None else config.vocab_size - 1
     tokens += (tokens >= pad).long()
-    return Batch(tokens, _document_lengths(seq_length, config.mamba_chunk_size) if packed else None)
+    chunk = getattr(config, "mamba_chunk_size", seq_length)
+    return Batch(tokens, _document_lengths(seq_length, chunk) if packed else None)
 
 
 def _document_lengths(seq_length: int, chunk: int) -> tuple[int, ...]:

@@ -66,7 +66,7 @@ class ParallelLayout:
         """Refuse what this layout cannot do for a model and a batch.
 
         Args:
-            config: the transformers config (``FalconH1Config``).
+            config: the transformers config (``FalconH1Config`` or ``LlamaConfig``).
             seq_length: tokens a row.
             batch_size: rows of the global batch.
             device: ``"cpu"`` or ``"cuda"``.
@@ -98,9 +98,10 @@ class ParallelLayout:
             )
         widths = {
             "attention heads": config.num_attention_heads,
-            "SSM heads": config.mamba_n_heads,
+            "SSM heads": getattr(config, "mamba_n_heads", None),  # a Llama has none
             "MLP channels": config.intermediate_size,
         }
+        widths = {what: number for what, number in widths.items() if number is not None}
         for what, number in widths.items():
             if number % self.tp:
                 raise UserError(f"--tp {self.tp} does not divide the model's {number} {what}: {_allowed(widths)}")

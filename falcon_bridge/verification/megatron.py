@@ -18,11 +18,13 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import MegatronModule
 from megatron.core.utils import get_batch_on_this_cp_rank, get_model_config
 
+from falcon_bridge.bitnet.codes import invalidate
+from falcon_bridge.conversion.bitnet_config import is_bitnet
 from falcon_bridge.conversion.runtime import prepare_provider
 from falcon_bridge.verification.batch import Batch
 from falcon_bridge.verification.gather import gather_gradients, gather_logits, sum_over_ranks
 from falcon_bridge.verification.layout import ParallelLayout
-from falcon_bridge.verification.reference import Outcome, TrainSteps
+from falcon_bridge.verification.reference import Outcome, TrainSteps, working_dtype
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -34,7 +36,7 @@ class MegatronUnderTest:
     Args:
         hf: Hugging Face checkpoint directory.
         layout: what the ranks do; its `world_size` must be the process group's.
-        dtype: ``"fp32"`` or ``"bf16"``.
+        dtype: ``"fp32"`` or ``"bf16"``; what is not a BitNet linear may be wider, see `reference.working_dtype`.
         checkpoint: an ``iter_*`` directory of a Megatron checkpoint to take the model from, config and weights; None
             converts the Hugging Face one.
     """
@@ -44,14 +46,20 @@ class MegatronUnderTest:
     ) -> None:
         self.bridge = AutoBridge.from_hf_pretrained(hf)
         # so that an export keeps what Megatron holds in fp32, gradients above all
-        self.bridge.hf_pretrained.config.dtype = torch.float32
+        config = self.bridge.hf_pretrained.config
+        config.dtype = torch.float32
+        # from a config alone, because from a checkpoint packed weights are exported packed, which no gradient survives
+        self.latent_bridge = AutoBridge.from_hf_config(config) if is_bitnet(config) else self.bridge
         self.layout = layout
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.chunks = self._convert(DTYPES[dtype]) if checkpoint is None else self._load(checkpoint, DTYPES[dtype])
-        config = get_model_config(self.chunks[0])
-        config.finalize_model_grads_func = finalize_model_grads
-        config.grad_scale_func = None
-        self.config = config
+        self.checkpoint, self.dtype = checkpoint, DTYPES[dtype]
+        self._build(working_dtype(config, self.dtype, self.device))
+
+    def _build(self, dtype: torch.dtype) -> None:
+        self.chunks = self._convert(dtype) if self.checkpoint is None else self._load(self.checkpoint, dtype)
+        self.config = get_model_config(self.chunks[0])
+        self.config.finalize_model_grads_func = finalize_model_grads
+        self.config.grad_scale_func = None
 
     def _ddp_config(self) -> DistributedDataParallelConfig:
         return DistributedDataParallelConfig(
@@ -68,14 +76,22 @@ class MegatronUnderTest:
         precision = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype == torch.bfloat16, "fp16": False}
         overrides = {**self.layout.provider_fields(), **precision, "calculate_per_token_loss": True}
         modules = self.bridge.load_megatron_model(checkpoint, mp_overrides=overrides)
+        invalidate()
         return [
             DistributedDataParallel(get_model_config(module), self._ddp_config(), module, disable_bucketing=i > 0)
             for i, module in enumerate(modules)
         ]
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The model's tensors by Hugging Face name, whole, on CPU, on every rank; to be consumed by every rank."""
+        """The model's tensors by Hugging Face name, whole, on CPU, on every rank; to be consumed by every rank.
+
+        In the form of the checkpoint: where that holds packed or dequantised weights, so does this.
+        """
         yield from self.bridge.export_hf_weights(self.chunks, cpu=True, show_progress=False)
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """The parameters themselves by Hugging Face name, whole, on CPU, on every rank."""
+        return dict(self.latent_bridge.export_hf_weights(self.chunks, cpu=True, show_progress=False))
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """`[b, s, vocab]` fp32 on CPU, on every rank, without the padded vocabulary."""
@@ -113,7 +129,8 @@ class MegatronUnderTest:
         """Loss, and its gradients by Hugging Face name (fp32, CPU), as finalised for the optimizer.
 
         The gradients take the parameters' place for the length of an export: what maps a sharded weight to its
-        Hugging Face tensor maps its gradient, too.
+        Hugging Face tensor maps its gradient, too. A bf16 model is of no use afterwards: a change of dtype costs its
+        parameters the hooks through which DDP collects gradients.
         """
         loss = self.loss(batch, backward=True)
         if self.layout.distributed_optimizer:
@@ -123,13 +140,16 @@ class MegatronUnderTest:
         try:
             for parameter in parameters:
                 parameter.data = parameter.main_grad.clone()
-            return loss, dict(self.export())
+            return loss, self.parameters()
         finally:
             for parameter, weight in zip(parameters, weights, strict=True):
                 parameter.data = weight
 
     def train(self, batch: Batch, train: TrainSteps) -> dict[str, torch.Tensor]:
         """The weights by Hugging Face name (fp32, CPU) after `train.steps` steps on `batch`."""
+        if self.config.params_dtype == torch.float64:  # which Megatron's optimizers refuse
+            self.close()
+            self._build(self.dtype)
         config = OptimizerConfig(
             optimizer="adam",
             lr=train.lr,
@@ -147,7 +167,7 @@ class MegatronUnderTest:
             optimizer.zero_grad()
             self.loss(batch, backward=True)
             optimizer.step()
-        return {name: tensor.float() for name, tensor in self.export()}
+        return {name: tensor.float() for name, tensor in self.parameters().items()}
 
     def close(self) -> None:
         """Undo the model-parallel groups, so that another layout can follow in these processes."""

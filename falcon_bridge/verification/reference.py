@@ -1,10 +1,13 @@
 """What stock transformers computes on a batch: the numbers to be equalled."""
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from falcon_bridge.conversion.bitnet_config import is_bitnet
 from falcon_bridge.verification.batch import Batch
 
 
@@ -51,13 +54,15 @@ def transformers_outcome(
 ) -> Outcome:
     """Run stock transformers on `batch`; a packed batch document by document, each alone in its own forward.
 
+    The projections of a BitNet checkpoint are `bitnet.reference.bitlinear`, see `reference_bitnet.load_bitnet_llama`.
+
     The model is in train mode (Falcon-H1 has no active dropout): on GPU, transformers' eval mode computes
     ``softplus(dt)`` in bf16 outside of the fused kernel that training uses.
 
     Args:
         path: Hugging Face checkpoint, a directory or a hub id.
         batch: the tokens.
-        dtype: of the weights and activations.
+        dtype: of the weights and activations; see `working_dtype`.
         device: ``"cpu"`` or ``"cuda"``.
         gradients: also run backward.
         train: also run these steps (implies `gradients`).
@@ -65,9 +70,7 @@ def transformers_outcome(
     Returns:
         Everything on CPU; gradients and weights fp32.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).train()
+    model = _load(path, dtype, device, widen=True)
     backward = gradients or train is not None
     with torch.set_grad_enabled(backward):
         logits, loss = _forward_backward(model, batch, device, backward)
@@ -75,9 +78,48 @@ def transformers_outcome(
     if backward:
         outcome.gradients = {name: p.grad.float().cpu().clone() for name, p in model.named_parameters()}
     if train:
+        if next(model.parameters()).dtype != dtype:  # Megatron's optimizers refuse the wider one
+            model = _load(path, dtype, device, widen=False)
+            _forward_backward(model, batch, device, backward)
         _train(model, batch, device, train)
         outcome.weights = {name: p.detach().float().cpu() for name, p in model.named_parameters()}
     return outcome
+
+
+def working_dtype(config: Any, dtype: torch.dtype, device: str) -> torch.dtype:
+    """The dtype in which two implementations of a model can be compared in `dtype`.
+
+    That of everything but the BitNet linears, whose own arithmetic is fp32 and, in its integer part, exact. Where the
+    rest is fp32, too, any two implementations differ by some 1e-7; activations that lie as near to the middle between
+    two int8 codes then get different ones, and a step of 1/127 hides what is compared. So the rest is fp64 where it
+    can be: on CPU.
+
+    Args:
+        config: The transformers config.
+        dtype: What is wanted.
+        device: ``"cpu"`` or ``"cuda"``.
+
+    Returns:
+        fp64 for a BitNet model in fp32 on CPU, `dtype` otherwise.
+    """
+    return torch.float64 if is_bitnet(config) and dtype == torch.float32 and device == "cpu" else dtype
+
+
+def _load(path: str | Path, dtype: torch.dtype, device: str, widen: bool) -> torch.nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path)
+    if is_bitnet(config):
+        from falcon_bridge.verification.reference_bitnet import load_bitnet_llama
+
+        model = load_bitnet_llama(path, working_dtype(config, dtype, device) if widen else dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        modeling = sys.modules[type(model).__module__]
+        if device == "cpu" and getattr(modeling, "causal_conv1d_fn", None) is not None:
+            # transformers calls the CUDA kernel wherever it is installed; each new model looks for it again
+            modeling.causal_conv1d_fn = None
+    return model.to(device).train()
 
 
 def _forward_backward(model, batch: Batch, device: str, backward: bool) -> tuple[torch.Tensor, float]:
@@ -87,9 +129,10 @@ def _forward_backward(model, batch: Batch, device: str, backward: bool) -> tuple
         tokens = batch.tokens[:, start : start + length].to(device)
         start += length
         if length == 1:
-            # no successor, no loss; row by row, because FalconH1RMSNormGated drops the sequence dimension of one token
-            alone = [model(input_ids=row[None], use_cache=False).logits for row in tokens]
-            logits.append(torch.cat(alone).detach().float().cpu())
+            # no successor, no loss; kernels refuse a row of one token and FalconH1RMSNormGated drops its sequence
+            # dimension, so it is followed by a second, which it cannot see
+            output = model(input_ids=tokens.repeat(1, 2), use_cache=False)
+            logits.append(output.logits[:, :1].detach().float().cpu())
             continue
         output = model(input_ids=tokens, labels=tokens, use_cache=False)
         logits.append(output.logits.detach().float().cpu())

@@ -131,6 +131,8 @@ def check_request(request: VerifyRequest, device: str) -> None:
         raise UserError(f"--batch-size must be at least 1, not {request.batch_size}")
     if request.packed and request.layout.cp > 1:
         raise UserError("--packed with --cp above 1 is not supported: verify them one at a time")
+    if request.dtype == "fp32" and request.layout.cp > 1 and device == "cuda":
+        raise UserError("--cp above 1 needs --dtype bf16: Transformer Engine's attention has no fp32 kernel for it")
     if request.packed and request.seq_length < 8:
         raise UserError("--packed needs rows of at least 8 tokens: raise --seq-length")
     config = AutoConfig.from_pretrained(request.hf)
@@ -142,15 +144,17 @@ def _verify_rank(request: VerifyRequest) -> ParityResult | None:
     from transformers import AutoConfig
 
     from falcon_bridge.compat import cpu_runtime
+    from falcon_bridge.conversion.bitnet_config import is_bitnet
     from falcon_bridge.verification.megatron import DTYPES, MegatronUnderTest, megatron_outcome
-    from falcon_bridge.verification.parity import compare
+    from falcon_bridge.verification.parity import compare, tolerances_for
     from falcon_bridge.verification.reference import TrainSteps, transformers_outcome
     from falcon_bridge.verification.roundtrip import mismatched_tensors
 
     start, first = time.perf_counter(), torch.distributed.get_rank() == 0
     torch.backends.cudnn.allow_tf32 = False
+    config = AutoConfig.from_pretrained(request.hf)
     batch = random_batch(
-        AutoConfig.from_pretrained(request.hf),
+        config,
         batch_size=request.rows,
         seq_length=request.seq_length,
         seed=request.seed,
@@ -191,4 +195,5 @@ def _verify_rank(request: VerifyRequest) -> ParityResult | None:
         layout=request.layout.describe(),
         dtype=request.dtype,
         seconds=time.perf_counter() - start,
+        tolerances=tolerances_for(request.dtype, is_bitnet(config)),
     )

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from falcon_bridge.bitnet.scales import FLOOR
+
 
 QuantizationConfig = Mapping[str, Any] | Any
 """The `quantization_config` of config.json, or transformers' `BitNetQuantConfig`."""
@@ -141,25 +143,65 @@ def dequantization_factor(
     return factor
 
 
-def latent_weight(codes: torch.Tensor, factor: float) -> torch.Tensor:
+def latent_weight(
+    codes: torch.Tensor, factor: float, dtype: torch.dtype = torch.float32, *, name: str = "weight"
+) -> torch.Tensor:
     """A weight to train on that quantises to given codes and to the scale ``1 / factor``.
 
     ``codes · factor`` itself would not do: its mean absolute value is `factor` times the share of non-zero codes, and
-    the model's outputs would shrink to that share, about two thirds. The magnitude is therefore ``factor / share``.
-    What the weights were before quantisation is lost either way.
+    the model's outputs would shrink to that share, about two thirds. The magnitude is therefore ``factor / share``;
+    where `dtype` does not have that value, the two neighbours are mixed such that the mean is right. What the weights
+    were before quantisation is lost either way.
 
     Args:
         codes: int8 `[out, in]` of -1, 0 and 1: the whole Hugging Face matrix.
         factor: Mean absolute value of the original weight, from `dequantization_factor`.
+        dtype: fp32 or bf16, of the result.
+        name: What errors call the tensor.
 
     Returns:
-        fp32 `[out, in]`. `bitnet.reference.quantize_weight` gives the codes back bit for bit and the scale to within
-        two units in the last place. Rounding to bf16 keeps the codes but moves the scale by up to 2^-8 of its value.
+        `[out, in]` in `dtype`. `bitnet.reference.quantize_weight` gives the codes back bit for bit, and the scale to
+        within two units in the last place of fp32: exactly where it is ``1 / mean|W|`` of some fp32 mean, as all of
+        training's are. (With bf16 that takes some 2^16 non-zero codes; of n the scale is off by 2^-9 / n.)
+
+    Raises:
+        ValueError: With one line: the scale would be below the least mean absolute value that BitNet divides by.
     """
-    nonzero = codes.count_nonzero().item()
+    nonzero = int(codes.count_nonzero())
     if nonzero == 0:
-        return codes.float()
-    return codes.float() * (factor * codes.numel() / nonzero)
+        return codes.to(dtype)
+    mean = _mean_behind(1 / factor)
+    if mean < FLOOR * (1 - 1e-6):
+        raise ValueError(
+            f"{name}: mean|W| {factor:.3g} is below {FLOOR}, the least that BitNet's scale is computed from: its "
+            "outputs would change; the file is damaged or not of a BitNet model"
+        )
+    total = mean * codes.numel()
+    low = torch.tensor(total / nonzero, dtype=torch.float64).to(dtype)
+    if low.double() * nonzero > total:
+        low = _next(low, -1)
+    high = _next(low, 1)
+    raised = round((total - low.item() * nonzero) / (high.item() - low.item()))
+    magnitudes = codes.to(dtype).mul_(low)
+    if raised:
+        flat = magnitudes.view(-1)
+        chosen = flat.nonzero().view(-1)[:raised]
+        flat[chosen] = high.copysign(flat[chosen])
+    return magnitudes
+
+
+def _mean_behind(scale: float) -> float:
+    """The fp32 mean whose fp32 reciprocal is `scale`, or comes nearest to it: not every fp32 number is one."""
+    scale = torch.tensor(scale, dtype=torch.float64).float()
+    middle = 1 / scale
+    candidates = torch.stack([_next(middle, -1), middle, _next(middle, 1)])
+    return candidates[(1 / candidates - scale).abs().argmin()].item()
+
+
+def _next(value: torch.Tensor, step: int) -> torch.Tensor:
+    """The next (1) or previous (-1) number of a positive fp32 or bf16 scalar's dtype."""
+    integers = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[value.dtype]
+    return (value.view(integers) + step).view(value.dtype)
 
 
 def _scale_is_inverse(quantization_config: QuantizationConfig | None, name: str) -> bool:

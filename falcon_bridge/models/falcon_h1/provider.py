@@ -51,6 +51,8 @@ class FalconH1ModelProvider(GPTModelProvider):
             torch on CPU.
         bitnet_gradient_accumulation_fusion: Add their weights' gradients to Megatron's `main_grad` as they are
             computed, which needs no APEX, unlike `gradient_accumulation_fusion` of the other layers.
+        bitnet_warmup_steps: Training steps over which a dense model becomes a ternary one
+            (`bitnet.callbacks.QuantizationWarmup`).
         max_position_embeddings: Context that the model claims in its Hugging Face config; `seq_length` where None.
             Training at another `seq_length` does not change it.
         bos_token_id, eos_token_id, pad_token_id: For the exported Hugging Face config.
@@ -93,6 +95,7 @@ class FalconH1ModelProvider(GPTModelProvider):
     recompute_mixer: bool = False
     use_bitnet: bool = False
     bitnet_backend: Literal["auto", "reference", "onebitllms", "fused"] = "auto"
+    bitnet_warmup_steps: int = 0
     bitnet_gradient_accumulation_fusion: bool = True
 
     max_position_embeddings: int | None = None

@@ -11,29 +11,10 @@ from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
 from megatron.bridge.training.utils.flop_utils import num_floating_point_operations
 from megatron.bridge.utils.yaml_utils import safe_yaml_representers
 
-from falcon_bridge import FalconH1ModelProvider, FalconH1ModelProvider7B, FalconH1ModelProvider90M
+from falcon_bridge import FalconH1ModelProvider7B, FalconH1ModelProvider90M
 from falcon_bridge.models.falcon_h1.layer_specs import falcon_h1_block_spec
 from falcon_bridge.training.flops import falcon_h1_flops
-
-
-TINY = {
-    "num_layers": 4,
-    "hidden_size": 48,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "kv_channels": 16,
-    "ffn_hidden_size": 80,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 8,
-    "mamba_state_dim": 16,
-    "vocab_size": 131,
-    "seq_length": 64,
-    "transformer_impl": "local",
-}
-
-
-def tiny(**fields):
-    return FalconH1ModelProvider(**{**TINY, **fields})
+from tests.unit.models.falcon_h1.tiny import tiny
 
 
 def assert_refused(message, **fields):

@@ -2,30 +2,16 @@
 
 import pytest
 
-from falcon_bridge import FalconH1ModelProvider
 from falcon_bridge.models.falcon_h1 import validation
+from tests.unit.models.falcon_h1.tiny import tiny
 
 
-TINY = {
-    "num_layers": 4,
-    "hidden_size": 48,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "kv_channels": 16,
-    "ffn_hidden_size": 80,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 8,
-    "mamba_state_dim": 16,
-    "vocab_size": 131,
-    "seq_length": 64,
-    "transformer_impl": "local",
-}
 SELECTIVE = {"recompute_granularity": "selective"}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 
 
 def finalized(**fields):
-    provider = FalconH1ModelProvider(**{**TINY, **fields})
+    provider = tiny(**fields)
     provider.finalize()
     return provider
 
@@ -52,6 +38,7 @@ def finalized(**fields):
         ({"recompute_mixer": True, "layer_pattern": "----"}, "recompute_mixer=True would do nothing"),
         ({"cross_entropy_loss_fusion": True, "cross_entropy_fusion_impl": "te"}, "use 'native'"),
         ({"cuda_graph_impl": "local"}, "cuda_graph_impl='local' is not supported; CUDA graphs have not been shown"),
+        ({"fp8": "hybrid", "bf16": True}, "fp8 needs Transformer Engine"),
         ({"enable_cuda_graph": True}, "see cuda_graph_impl"),
         ({"cpu_offloading": True}, "cpu_offloading=True is not supported"),
         ({"fine_grained_activation_offloading": True}, "fine_grained_activation_offloading=True is not supported"),
@@ -70,7 +57,7 @@ def test_refused(fields, message):
 
 
 def test_layernorm_recompute_needs_transformer_engine(monkeypatch):
-    provider = FalconH1ModelProvider(**TINY, **SELECTIVE, recompute_modules=["layernorm"])
+    provider = tiny(**SELECTIVE, recompute_modules=["layernorm"])
     monkeypatch.setattr(validation, "HAVE_TE", True)
     validation.check_supported(provider)
     monkeypatch.setattr(validation, "HAVE_TE", False)

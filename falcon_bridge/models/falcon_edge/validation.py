@@ -1,0 +1,98 @@
+"""What a Falcon-Edge model cannot be or do, said in one line before anything is built."""
+
+import torch
+from megatron.core.tensor_parallel.random import HAVE_TE
+
+from falcon_bridge.bitnet.validation import check_bitnet
+
+
+def check_supported(config) -> None:
+    """Refuse configurations that would fail later or be ignored.
+
+    Args:
+        config: A `FalconEdgeModelProvider`, not necessarily finalized.
+
+    Raises:
+        ValueError: With one line that names the field and says what to change.
+    """
+    check_bitnet(config)
+    _check_heads(config)
+    _check_parallel_layout(config)
+    unsupported = {
+        "num_moe_experts": (config.num_moe_experts, "Falcon-Edge is dense: leave it unset"),
+        "multi_latent_attention": (config.multi_latent_attention, "Falcon-Edge has grouped-query attention: unset it"),
+        "mtp_num_layers": (config.mtp_num_layers, "multi-token prediction is not supported: unset it"),
+        "use_mup": (config.use_mup, "Falcon-Edge has no multipliers: unset it"),
+        "add_bias_linear": (config.add_bias_linear, "Falcon-Edge's linear layers have no bias: set it to False"),
+        "add_qkv_bias": (config.add_qkv_bias, "Falcon-Edge's linear layers have no bias: set it to False"),
+        "qk_layernorm": (config.qk_layernorm, "Falcon-Edge normalises neither queries nor keys: set it to False"),
+        "rope_scaling": (config.rope_scaling, "RoPE scaling is not supported: set it to False"),
+        "window_size": (config.window_size, "Falcon-Edge's attention sees the whole document: unset it"),
+        "attention_output_gate": (config.attention_output_gate, "Falcon-Edge's attention has no gate: unset it"),
+        "fp16": (config.fp16, "use bf16"),
+        "cross_entropy_fusion_impl": (
+            config.cross_entropy_loss_fusion and config.cross_entropy_fusion_impl == "te" and "te",
+            "Megatron warns that it is unstable: use 'native'",
+        ),
+    }
+    for name, (value, remedy) in unsupported.items():
+        if value:
+            raise ValueError(f"{name}={value!r} is not supported; {remedy}")
+    wanted = {
+        "normalization": (config.normalization, "RMSNorm"),
+        "gated_linear_unit": (config.gated_linear_unit, True),
+        "activation_func": (config.activation_func, torch.nn.functional.silu),
+        "position_embedding_type": (config.position_embedding_type, "rope"),
+        "rotary_percent": (config.rotary_percent, 1.0),
+    }
+    for name, (value, supported) in wanted.items():
+        if value != supported:
+            shown = getattr(supported, "__name__", repr(supported))
+            raise ValueError(f"{name}={value!r} is not supported by Falcon-Edge; use {shown}")
+    modules = config.recompute_modules if config.recompute_granularity == "selective" else None
+    if "layernorm" in (modules or ()) and not HAVE_TE:
+        raise ValueError(
+            "recompute_modules has 'layernorm', which Megatron recomputes with Transformer Engine only: leave it out, "
+            "or install falcon-bridge[gpu]"
+        )
+
+
+def tensor_parallel_sizes(config) -> list[int]:
+    """The tensor-parallel sizes that the shapes of a `FalconEdgeModelProvider` allow, in order."""
+    heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
+    return [
+        tp
+        for tp in range(1, heads + 1)
+        if heads % tp == 0 and config.ffn_hidden_size % tp == 0 and (groups % tp == 0 or tp % groups == 0)
+    ]
+
+
+def _check_heads(config) -> None:
+    heads, groups = config.num_attention_heads, config.num_query_groups
+    if heads < 1:
+        raise ValueError(f"num_attention_heads={heads} must be positive")
+    if groups and heads % groups:
+        raise ValueError(f"num_attention_heads={heads} must be a multiple of num_query_groups={groups}")
+
+
+def _check_parallel_layout(config) -> None:
+    tp, sizes = config.tensor_model_parallel_size, tensor_parallel_sizes(config)
+    if tp not in sizes:
+        raise ValueError(
+            f"tensor_model_parallel_size={tp} does not fit num_attention_heads={config.num_attention_heads}, "
+            f"num_query_groups={config.num_query_groups} and ffn_hidden_size={config.ffn_hidden_size}: use one of "
+            f"{sizes}"
+        )
+    uneven = (
+        config.num_layers_in_first_pipeline_stage is not None
+        or config.num_layers_in_last_pipeline_stage is not None
+        or config.pipeline_model_parallel_layout is not None
+        or config.account_for_embedding_in_pipeline_split
+        or config.account_for_loss_in_pipeline_split
+    )
+    stages = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+    if config.num_layers % stages and not uneven:
+        raise ValueError(
+            f"num_layers={config.num_layers} does not split evenly over {stages} pipeline stages: set "
+            "num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage or pipeline_model_parallel_layout"
+        )
