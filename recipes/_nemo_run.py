@@ -43,27 +43,11 @@ def prepared(run: ModuleType, executor: Any, job_files: Path) -> Any:
     return executor
 
 
-def check_remote_paths(dataset: str | Path | None, hf_path: str | None) -> None:
-    """Refuse paths that only mean something in this directory."""
-    if dataset is not None and not Path(dataset).is_absolute():
-        raise UserError(f"the job does not run in this directory: give --dataset {dataset} as an absolute path there")
-    # a relative name may be a hub id
-    if hf_path is not None and not Path(hf_path).is_absolute() and (hf_path.startswith(".") or Path(hf_path).exists()):
-        raise UserError(f"the job does not run in this directory: give --hf-path {hf_path} as an absolute path there")
-
-
-def check_ranks(cfg: Any, ranks: int, here: bool) -> None:
-    """Refuse fewer ranks than the layout of `cfg` takes, and on this machine fewer GPUs than ranks."""
-    import torch
-
-    from falcon_bridge.training.run import check_layout
-
-    check_layout(cfg, ranks)
-    if here and cfg.dist.distributed_backend != "gloo" and ranks > torch.cuda.device_count():
-        raise UserError(
-            f"{ranks} ranks need {ranks} GPUs and this machine has {torch.cuda.device_count()}: use fewer, or another "
-            "executor"
-        )
+def sees_this_machine(run: ModuleType, executor: Any) -> bool:
+    """Whether a job of `executor` finds this machine's files: it runs here, or on a cluster that this is a node of."""
+    if isinstance(executor, run.SlurmExecutor):
+        return isinstance(executor.tunnel, run.LocalTunnel) and not executor.container_image
+    return isinstance(executor, run.LocalExecutor)
 
 
 def adapt(run: ModuleType, job: Any) -> None:

@@ -20,11 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from falcon_bridge.errors import UserError
-from falcon_bridge.recipes._nemo_run import adapt, check_ranks, check_remote_paths, nemo_run, prepared
+from falcon_bridge.recipes._nemo_run import adapt, nemo_run, prepared, sees_this_machine
+from falcon_bridge.recipes._preflight import as_list, check_job
 
 
 def task(
-    recipe: str, overrides: Iterable[str] = (), *, dataset: str | Path | None = None, hf_path: str | None = None
+    recipe: str,
+    overrides: Iterable[str] = (),
+    *,
+    dataset: str | Path | Iterable[str | Path] | None = None,
+    hf_path: str | None = None,
+    use_bitnet: bool = False,
+    peft_scheme: str | None = None,
 ) -> Any:
     """The job of a recipe: a ``run.Script`` that is ``python -m falcon_bridge train --recipe …``.
 
@@ -33,17 +40,23 @@ def task(
     Args:
         recipe: name of a recipe of `falcon_bridge.recipes`.
         overrides: ``key.sub=value`` in Hydra's syntax.
-        dataset: prefix of a ``.bin`` and ``.idx``, as the job sees it.
+        dataset: what to train on, one or several, as ``train --dataset`` takes them and as the job sees them.
         hf_path: Hugging Face checkpoint to start from, as the job sees it.
+        use_bitnet: make the linear layers ternary.
+        peft_scheme: adapters of a peft recipe, "lora" or "dora".
 
     Returns:
         A ``run.Script``; run it with torchrun, one process a rank. `experiment` sees to that.
     """
     options = ["train", "--recipe", recipe]
-    if dataset is not None:
-        options += ["--dataset", str(dataset)]
+    for path in as_list(dataset):
+        options += ["--dataset", path]
     if hf_path is not None:
         options += ["--hf-path", str(hf_path)]
+    if use_bitnet:
+        options.append("--use-bitnet")
+    if peft_scheme is not None:
+        options += ["--peft-scheme", peft_scheme]
     return nemo_run().Script(path="falcon_bridge", m=True, entrypoint="python", args=[*options, *overrides])
 
 
@@ -134,14 +147,17 @@ def experiment(
     plugins: Iterable[Any] = (),
     name: str | None = None,
     job_dir: str | Path | None = None,
-    dataset: str | Path | None = None,
+    dataset: str | Path | Iterable[str | Path] | None = None,
     hf_path: str | None = None,
+    use_bitnet: bool = False,
+    peft_scheme: str | None = None,
+    check_files: bool | None = None,
     **options: Any,
 ) -> Iterator[Any]:
     """A NeMo-Run experiment with one job: the recipe on `executor`.
 
-    The recipe, the overrides (those of plugins too) and the number of ranks are checked here, before anything is
-    written or submitted. Use it as NeMo-Run's own: ``with experiment(...) as exp: exp.run()``.
+    The recipe, the overrides (those of plugins too), the number of ranks, and data and checkpoint are checked here,
+    before anything is written or submitted. Use it as NeMo-Run's own: ``with experiment(...) as exp: exp.run()``.
 
     Args:
         recipe: name of a recipe of `falcon_bridge.recipes`.
@@ -151,19 +167,24 @@ def experiment(
         plugins: of ``megatron.bridge.recipes.run_plugins``, or your own.
         name: of the experiment and its job; the recipe's without ``_config`` where None.
         job_dir: where NeMo-Run keeps the experiment; where None ``$NEMORUN_HOME`` or ``nemo_run`` in this directory.
-        dataset: prefix of a ``.bin`` and ``.idx``, as the job sees it.
-        hf_path: Hugging Face checkpoint to start from, as the job sees it.
+        dataset: as of `task`.
+        hf_path: as of `task`.
+        use_bitnet: as of `task`.
+        peft_scheme: as of `task`.
+        check_files: whether the job's files are on this machine and are to be checked; where None they are where
+            the job runs here, or on Slurm without a container and without ssh.
         **options: further ones of ``run.Experiment``.
 
     Yields:
         The ``run.Experiment``, entered.
 
     Raises:
-        UserError: an unknown recipe or override, fewer ranks than the layout, NeMo-Run is missing, or a launcher that
-            starts no ranks.
+        UserError: an unknown recipe or override, fewer ranks than the layout, data or checkpoint that cannot be
+            trained on, a fine-tuning without them, NeMo-Run is missing, or a launcher that starts no ranks.
     """
     base = Path(job_dir or default_job_dir()).absolute()
-    job = {"executor": executor, "plugins": plugins, "name": name, "dataset": dataset, "hf_path": hf_path}
+    training = {"dataset": as_list(dataset), "hf_path": hf_path, "use_bitnet": use_bitnet, "peft_scheme": peft_scheme}
+    job = {"executor": executor, "plugins": plugins, "name": name, "check_files": check_files, **training}
     with _experiment(base, base / "experiments", options, recipe, overrides, **job) as entered:
         yield entered
 
@@ -183,7 +204,7 @@ def render(
         overrides: ``key.sub=value`` in Hydra's syntax.
         executor: a ``run.LocalExecutor`` or ``run.SlurmExecutor``.
         job_dir: as of `experiment`.
-        **job: `plugins`, `name`, `dataset` and `hf_path` of `experiment`.
+        **job: of `experiment`: `plugins`, `name`, `dataset`, `hf_path`, `use_bitnet`, `peft_scheme`, `check_files`.
 
     Returns:
         The sbatch script, or the command of the local job.
@@ -215,18 +236,18 @@ def _experiment(
     executor: Any,
     plugins: Iterable[Any] = (),
     name: str | None = None,
-    dataset: str | Path | None = None,
-    hf_path: str | None = None,
+    check_files: bool | None = None,
+    **training: Any,
 ) -> Iterator[Any]:
     """The experiment with its files under `base`, and those of a job submitted on this machine under `job_files`."""
     from falcon_bridge.training.recipe import load_recipe
-    from falcon_bridge.training.run import configure
 
     overrides = list(overrides)
+    training = {"hf_path": None, **training, "dataset": as_list(training.get("dataset"))}
     load_recipe(recipe)  # an unknown one is refused before seconds go into imports
     run = nemo_run()
     name = name or recipe.removesuffix("_config")
-    script = task(recipe, overrides, dataset=dataset, hf_path=hf_path)
+    script = task(recipe, overrides, **training)
     options_end = len(script.args) - len(overrides)
     executor = prepared(run, executor, job_files)
     with run.Experiment(name, base_dir=str(base), **options) as exp:
@@ -235,10 +256,9 @@ def _experiment(
         exp.add(script, executor=executor, name="train" if here else name, plugins=list(plugins))
         job = exp.jobs[-1]
         job.executor.get_launcher()
-        if not here:
-            check_remote_paths(dataset, hf_path)
         # the plugins have added theirs
-        cfg = configure(recipe, job.task.args[options_end:], dataset, hf_path, files=here)
-        check_ranks(cfg, job.executor.nnodes() * job.executor.nproc_per_node(), here)
+        added, ranks = job.task.args[options_end:], job.executor.nnodes() * job.executor.nproc_per_node()
+        files = sees_this_machine(run, executor) if check_files is None else check_files
+        check_job(recipe, added, ranks, here=here, files=here or files, **training)
         adapt(run, job)
         yield exp

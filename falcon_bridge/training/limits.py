@@ -32,6 +32,7 @@ _POSITIVE = (
     "scheduler.lr_decay_iters",
     "peft.dim",
     "peft.alpha",
+    "scheduler.second_stage_lr",
 )
 _ATTENTION = ("model.num_query_groups", "model.kv_channels")
 _SSM = (
@@ -46,6 +47,7 @@ _NOT_NEGATIVE = (
     "model.num_attention_heads",
     "model.mamba_num_heads",
     "model.init_method_std",
+    "model.bitnet_warmup_steps",
     "validation.eval_iters",
     "validation.eval_interval",
     "checkpoint.save_interval",
@@ -82,6 +84,9 @@ def check_limits(cfg: Any) -> None:
     lr, least = _value(cfg, "optimizer.lr"), _value(cfg, "optimizer.min_lr")
     if lr is not None and least is not None and least > lr:
         raise UserError(f"optimizer.min_lr must be at most optimizer.lr={lr}, not {least}: set both")
+    second = _value(cfg, "scheduler.second_stage_lr")
+    if lr is not None and second is not None and second > lr:
+        raise UserError(f"scheduler.second_stage_lr must be at most optimizer.lr={lr}, not {second}: set both")
     warmup, decay = _value(cfg, "scheduler.lr_warmup_iters"), _value(cfg, "scheduler.lr_decay_iters")
     if warmup is not None and decay is not None and warmup >= decay:
         raise UserError(f"scheduler.lr_warmup_iters must be below scheduler.lr_decay_iters={decay}, not {warmup}")

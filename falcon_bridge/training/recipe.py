@@ -221,6 +221,7 @@ def use_hf_model(cfg: Any, hf: str | Path, *, pretrained: str | Path | None = No
         model.recompute_mixer = True
     if getattr(recipe, "use_bitnet", False) and hasattr(model, "use_bitnet"):
         model.use_bitnet = True
+        model.bitnet_backend, model.bitnet_warmup_steps = recipe.bitnet_backend, recipe.bitnet_warmup_steps
     cfg.model = model
     cfg.checkpoint.pretrained_checkpoint = str(pretrained or hf)
     cfg.tokenizer.tokenizer_type = "HuggingFaceTokenizer"
