@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from falcon_bridge.cli.session import DebugOption, JsonOption, Session, session
+from falcon_bridge.errors import UserError
 
 
 if TYPE_CHECKING:
@@ -109,6 +110,13 @@ def export(
     pp: PP = 1,
     cp: CP = 1,
     sequence_parallel: SequenceParallel = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Of a LoRA or DoRA run: the model with its adapters merged into it.")
+    ] = False,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="Of a LoRA or DoRA run: the model's checkpoint, if it is not where the run found it."),
+    ] = None,
     force: Force = False,
     allow_nonfinite: AllowNonfinite = False,
     json: JsonOption = False,
@@ -116,17 +124,45 @@ def export(
 ) -> None:
     """Make a Hugging Face checkpoint of a Megatron one; stock transformers loads it.
 
+    Of a LoRA or DoRA run it makes the adapter that stock PEFT loads, or with --merge the whole model.
+
     [bold]Examples[/bold]
 
     falcon-bridge convert export ./megatron/falcon-h1-0.5b ./hf/falcon-h1-0.5b
 
     falcon-bridge convert export ./megatron/falcon-edge-1b ./hf/falcon-edge-1b-packed --format bitnet
+
+    falcon-bridge convert export ./nemo_experiments/lora/checkpoints ./hf/merged --merge
     """
     with session(json, debug) as current, _bars(current) as progress:
         started = time.monotonic()
+        from falcon_bridge.conversion.adapters import is_adapter_checkpoint
         from falcon_bridge.conversion.exporter import export_checkpoint
 
         layout = _layout(tp, pp, cp, sequence_parallel)
+        adapters = is_adapter_checkpoint(megatron_dir)
+        if not adapters and (merge or base):
+            raise UserError(f"{megatron_dir} has no adapters: --merge and --base are for the checkpoints of PEFT runs")
+        if adapters:
+            if format != "hf":
+                raise UserError(f"--format {format} is for ternary models, which have no adapters: leave it out")
+            options = {"base": base, "force": force}
+            if merge:
+                options |= {"layout": layout, "allow_nonfinite": allow_nonfinite, "progress": progress}
+            elif layout.world_size > 1:
+                raise UserError("adapters are exported by one process: leave the layout out, or give --merge")
+            _export_adapters(megatron_dir, hf_dir, merge, options)
+            current.finish(
+                {
+                    "ok": True,
+                    "megatron": str(megatron_dir),
+                    "hf": str(hf_dir),
+                    "form": "merged" if merge else "adapter",
+                    "layout": layout.describe(),
+                    "seconds": round(time.monotonic() - started, 1),
+                }
+            )
+            return
         exported = export_checkpoint(
             megatron_dir,
             hf_dir,
@@ -202,6 +238,17 @@ def roundtrip(
             f"{same} of {comparison.params_compared} tensors bit-exact, "
             f"{len(comparison.config_differences)} fields of config.json differ"
         )
+
+
+def _export_adapters(megatron_dir: Path, hf_dir: Path, merge: bool, options: dict[str, Any]) -> None:
+    if merge:
+        from falcon_bridge.conversion.adapter_merge import export_merged
+
+        export_merged(megatron_dir, hf_dir, **options)
+    else:
+        from falcon_bridge.conversion.adapter_export import export_adapter
+
+        export_adapter(megatron_dir, hf_dir, **options)
 
 
 def _layout(tp: int, pp: int, cp: int, sequence_parallel: bool) -> "ParallelLayout":

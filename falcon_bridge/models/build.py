@@ -68,7 +68,7 @@ def build_model(
     if post_process is None:
         post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(groups.pp)
     provider._vp_stage = vp_stage
-    if provider.init_model_with_meta_device and provider.transformer_impl == "local":
+    if provider.init_model_with_meta_device and (provider.transformer_impl == "local" or provider.use_bitnet):
         # Megatron's own layers name the current CUDA device, which beats meta, unless told to start on CPU
         provider.use_cpu_initialization = True
     spec = provider.transformer_layer_spec

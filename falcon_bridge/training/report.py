@@ -213,19 +213,13 @@ def _checkpoint(run: Run) -> list[str]:
         "`train.train_iters` once it is done).",
         "",
     ]
-    if run.cfg.peft is None:
-        export = ["falcon-bridge", "convert", "export", str(save), "HF_DIR"]
-        exports = (
-            [export, [*export, "--format", "bitnet"]] if getattr(run.cfg.model, "use_bitnet", False) else [export]
-        )
-        return [*lines, "To Hugging Face:", "", "```", *map(shlex.join, exports), "```", ""]
-    return [
-        *lines,
-        "The adapters as a Hugging Face PEFT directory (`adapter_merge.merge_adapter` adds them to the model):",
-        "",
-        "```python",
-        "from falcon_bridge.conversion.adapter_export import export_adapter",
-        f"export_adapter({str(save)!r}, 'ADAPTER_DIR')",
-        "```",
-        "",
-    ]
+    export = ["falcon-bridge", "convert", "export", str(save)]
+    if run.cfg.peft is not None:
+        exports = {"The adapters, for PEFT": ["ADAPTER_DIR"], "Merged into the model": ["HF_DIR", "--merge"]}
+    elif getattr(run.cfg.model, "use_bitnet", False):
+        exports = {"To Hugging Face": ["HF_DIR"], "Packed": ["HF_DIR", "--format", "bitnet"]}
+    else:
+        exports = {"To Hugging Face": ["HF_DIR"]}
+    for what, rest in exports.items():
+        lines += [f"{what}:", "", "```", shlex.join([*export, *rest]), "```", ""]
+    return lines

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from falcon_bridge.compat import cpu_runtime
+from falcon_bridge.conversion.bitnet_checkpoint import weights_form
 from falcon_bridge.conversion.hf_checkpoint import check_checkpoint
 from falcon_bridge.conversion.megatron_checkpoint import (
     HF_SOURCE_NAME,
@@ -244,6 +245,11 @@ def _keep_hf_source(cfg: Any) -> None:
     if (path / "config.json").is_file() and not is_megatron_checkpoint(path):
         if not (save / HF_SOURCE_NAME).exists():
             source = check_checkpoint(path, values=False)
-            keep_hf_source(save, source.companions(), {name: info.dtype for name, info in source.tensors.items()})
+            keep_hf_source(
+                save,
+                source.companions(),
+                {name: info.dtype for name, info in source.tensors.items()},
+                form=weights_form(source.config, source.tensors),
+            )
         return
     copy_hf_source((path.parent if path.name.startswith("iter_") else path) / HF_SOURCE_NAME, save)

@@ -24,6 +24,7 @@ class FalconEdgeModelProvider(GPTModelProvider):
         bitnet_backend: What computes them, see `falcon_bridge.bitnet.backends`.
         bitnet_warmup_steps: Training steps over which a dense model becomes a ternary one
             (`bitnet.callbacks.QuantizationWarmup`).
+        bitnet_gradient_accumulation_fusion: As in `FalconH1ModelProvider`.
         max_position_embeddings: Context that the model claims in its Hugging Face config; `seq_length` where None.
             Training at another `seq_length` does not change it.
         bos_token_id, eos_token_id, pad_token_id: For the exported Hugging Face config.
@@ -50,6 +51,7 @@ class FalconEdgeModelProvider(GPTModelProvider):
     use_bitnet: bool = True
     bitnet_backend: Literal["auto", "reference", "onebitllms", "fused"] = "auto"
     bitnet_warmup_steps: int = 0
+    bitnet_gradient_accumulation_fusion: bool = True
 
     max_position_embeddings: int | None = None
     bos_token_id: int | None = 1

@@ -1,22 +1,13 @@
 """Provider of Falcon-H1 models: a GPTModelProvider with an SSM branch, µP multipliers and a layer pattern."""
 
-import contextlib
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
-from megatron.bridge.utils.vocab_utils import calculate_padded_vocab_size
-from megatron.core.pipeline_parallel.utils import (
-    is_pp_first_stage,
-    is_pp_last_stage,
-    is_vp_first_stage,
-    is_vp_last_stage,
-)
-from megatron.core.transformer import ModuleSpec
 
+from falcon_bridge.models.build import build_model, settle_execution
 from falcon_bridge.models.falcon_h1.layer_specs import falcon_h1_block_spec
 from falcon_bridge.models.falcon_h1.model import FalconH1Model
 from falcon_bridge.models.falcon_h1.pattern import resolve_pattern
@@ -154,19 +145,7 @@ class FalconH1ModelProvider(GPTModelProvider):
             self.kv_channels, self.num_query_groups = self.kv_channels or 64, 1
         head_dim = self.kv_channels or self.hidden_size // self.num_attention_heads
         self.softmax_scale = self.key_multiplier * self.attention_in_multiplier**2 / head_dim**0.5
-        if self.transformer_impl == "local":
-            self.persist_layer_norm = False
-            self.apply_rope_fusion = False
-            self.masked_softmax_fusion = False
-        if self.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
-            # Transformer Engine's linears could do it, but the output layer is Megatron's own, which needs APEX
-            self.gradient_accumulation_fusion = False
-        if not self.bf16 and self.cross_entropy_fusion_impl == "native":
-            # Megatron's fused cross-entropy rounds its gradient to bf16, whatever the model's dtype
-            self.cross_entropy_loss_fusion = False
-        if self.virtual_pipeline_model_parallel_size is not None and self.pipeline_model_parallel_size > 1:
-            # with two pipeline ranks, batched point-to-point calls let the two tensors cross, without an error
-            self.overlap_p2p_comm, self.batch_p2p_comm = True, False
+        settle_execution(self)
         # layers of different kinds have different parameters: they cannot be stacked in a checkpoint
         self.hetereogenous_dist_checkpoint = len(set(self.resolve_layer_pattern())) > 1
         super().finalize()
@@ -174,56 +153,8 @@ class FalconH1ModelProvider(GPTModelProvider):
     def provide(
         self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
     ) -> FalconH1Model:
-        """Build this rank's part of the model.
-
-        Args:
-            pre_process: Whether the embedding is here; from the pipeline rank where None.
-            post_process: Whether the head is here; likewise.
-            vp_stage: Virtual pipeline stage.
-
-        Returns:
-            The model, on the current device, or on the meta device with `init_model_with_meta_device`.
-
-        Raises:
-            ValueError: If vocab_size is not set.
-        """
-        if self.vocab_size is None:
-            raise ValueError("vocab_size is not set: give the model the vocabulary size of its tokenizer")
-        # Bridge's setup() resets should_pad_vocab when the model has a vocab_size of its own
-        padded_vocab_size = calculate_padded_vocab_size(
-            self.vocab_size, self.make_vocab_size_divisible_by, self.tensor_model_parallel_size
-        )
-        pp_group, vp_size = self._pg_collection.pp, self.virtual_pipeline_model_parallel_size
-        if pre_process is None:
-            pre_process = is_vp_first_stage(vp_stage, vp_size) and is_pp_first_stage(pp_group)
-        if post_process is None:
-            post_process = is_vp_last_stage(vp_stage, vp_size) and is_pp_last_stage(pp_group)
-        self._vp_stage = vp_stage
-        if self.init_model_with_meta_device and (self.transformer_impl == "local" or self.use_bitnet):
-            # Megatron's own layers name the current CUDA device, which beats meta, unless told to start on CPU
-            self.use_cpu_initialization = True
-        spec = self.transformer_layer_spec
-        if not isinstance(spec, ModuleSpec):
-            spec = spec(self, vp_stage=vp_stage)
-        device = partial(torch.device, "meta") if self.init_model_with_meta_device else contextlib.nullcontext
-        with device():
-            return FalconH1Model(
-                self,
-                transformer_layer_spec=spec,
-                vocab_size=padded_vocab_size,
-                max_sequence_length=self.seq_length,
-                pre_process=pre_process,
-                post_process=post_process,
-                fp16_lm_cross_entropy=self.fp16_lm_cross_entropy,
-                parallel_output=self.parallel_output,
-                share_embeddings_and_output_weights=self.share_embeddings_and_output_weights,
-                position_embedding_type=self.position_embedding_type,
-                rotary_percent=self.rotary_percent,
-                rotary_base=self.rotary_base,
-                scatter_embedding_sequence_parallel=self.scatter_embedding_sequence_parallel,
-                pg_collection=self._pg_collection,
-                vp_stage=vp_stage,
-            )
+        """Build this rank's part of the model; see `models.build.build_model`."""
+        return build_model(self, FalconH1Model, pre_process, post_process, vp_stage)
 
     def _get_num_floating_point_operations_with_runtime_stats(
         self, batch_size: int, seqlen_sum: int | None = None, seqlen_squared_sum: int | None = None, **_

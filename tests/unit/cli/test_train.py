@@ -143,6 +143,18 @@ def test_fine_tuning_needs_a_start_and_its_own_data_and_leaves_a_report(
     assert str(packed) in report and str(chat_model / "hf") in report and "Finished, at step 3 of 3" in report
     assert (Path(found["report"]).parent / "training.png").stat().st_size > 10_000
 
+    # the same data for adapters, which export by themselves and merged
+    train[2] = "falcon_h1_tiny_cpu_peft_config"
+    found = _json(run(*train, *start, "--dataset", packed, "--json"))
+    for rest, form, file in (
+        (["adapter"], "adapter", "adapter_config.json"),
+        (["merged", "--merge"], "merged", "config.json"),
+    ):
+        assert _json(run("convert", "export", found["checkpoint"], *rest, "--json"))["form"] == form
+        assert (tmp_path / rest[0] / file).is_file()
+    refused = run("convert", "export", found["checkpoint"], "other", "--format", "bitnet")
+    assert refused.exit_code == 2 and "no adapters" in refused.stderr and not (tmp_path / "other").exists()
+
 
 def test_a_logger_that_is_not_installed_is_refused_at_the_start(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
