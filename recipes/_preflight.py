@@ -36,7 +36,7 @@ def check_job(recipe: str, overrides: Iterable[str], ranks: int, *, here: bool, 
     else:
         _check_paths(training["dataset"], training["hf_path"])
         cfg = _configure_for_elsewhere(recipe, overrides, files, training)
-        _check_fine_tuning(cfg, recipe, training["dataset"], training["hf_path"])
+        _check_fine_tuning(cfg, recipe, overrides, training["dataset"], training["hf_path"])
     _check_ranks(cfg, ranks, here)
 
 
@@ -53,13 +53,17 @@ def _check_paths(datasets: list[str], hf_path: str | None) -> None:
 
 
 def _configure_for_elsewhere(recipe: str, overrides: list[str], files: bool, training: dict[str, Any]) -> Any:
+    from falcon_bridge.training.dataset import use_dataset
+    from falcon_bridge.training.recipe import load_recipe
     from falcon_bridge.training.run import configure
 
-    hf_path = training["hf_path"]
-    if not files or (hf_path is not None and not Path(hf_path).is_absolute()):
-        return configure(recipe, overrides, **training, files=False)
+    datasets, hf_path = training["dataset"], training["hf_path"]
     try:
-        return configure(recipe, overrides, **training)
+        if files and (hf_path is None or Path(hf_path).is_absolute()):
+            return configure(recipe, overrides, **training)
+        if files and datasets:
+            use_dataset(load_recipe(recipe), datasets)  # a hub id has no model here to compare it with
+        return configure(recipe, overrides, **training, files=False)
     except UserError as error:
         configure(recipe, overrides, **training, files=False)  # says so where it is not about files
         raise UserError(
@@ -67,15 +71,15 @@ def _configure_for_elsewhere(recipe: str, overrides: list[str], files: bool, tra
         ) from error
 
 
-def _check_fine_tuning(cfg: Any, recipe: str, datasets: list[str], hf_path: str | None) -> None:
+def _check_fine_tuning(cfg: Any, recipe: str, overrides: list[str], datasets: list[str], hf_path: str | None) -> None:
     """Refuse a fine-tuning that is given nothing to start from, or no data, wherever that would be."""
     from falcon_bridge.training.run import is_finetuning
 
     if not is_finetuning(cfg):
         return
-    start = hf_path or cfg.checkpoint.pretrained_checkpoint
-    # the recipe's own directory of checkpoints is the job's, and new
-    if not start and not Path(cfg.checkpoint.load or "").is_absolute():
+    # the recipe's own directory of checkpoints is one in the job's directory, which is new
+    resumed = any(override.startswith("checkpoint.load=") for override in overrides)
+    if not (hf_path or cfg.checkpoint.pretrained_checkpoint or resumed):
         raise UserError(
             f"{recipe} fine-tunes and has no checkpoint to start from: give --hf-path, or "
             "checkpoint.pretrained_checkpoint=DIR for a Megatron one"

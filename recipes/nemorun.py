@@ -1,8 +1,8 @@
 """Recipes from NeMo-Run's own command line: ``nemorun falcon_bridge launch recipe=NAME run.executor=local``.
 
-NeMo-Run imports this module by the entry point ``falcon_bridge`` of the group ``nemo_run.cli``. The executors are those
-of a configuration file or ``workspace.py`` of the user's, and the two here; their fields are set from the command line,
-as in ``run.executor=slurm run.executor.account=research run.executor.nodes=4``.
+NeMo-Run imports this module by the entry point ``falcon_bridge`` of the group ``nemo_run.cli``. The executors are the
+two here, and those of the user's ``workspace.py``; their fields are set from the command line, as in
+``run.executor=slurm run.executor.account=research run.executor.nodes=4``.
 """
 
 import nemo_run as run
@@ -19,7 +19,7 @@ def local() -> run.Config[run.LocalExecutor]:
 
 @run.cli.factory
 def slurm() -> run.Config[run.SlurmExecutor]:
-    """One node of 8 GPUs, nothing packaged; ``run.executor.account`` and ``run.executor.partition`` have to be given."""
+    """A node of 8 GPUs, nothing packaged; ``run.executor.account`` and ``run.executor.partition`` are to be given."""
     return run.Config(
         run.SlurmExecutor,
         account="",

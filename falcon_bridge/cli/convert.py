@@ -137,9 +137,13 @@ def export(
     with session(json, debug) as current, _bars(current) as progress:
         started = time.monotonic()
         from falcon_bridge.conversion.adapters import is_adapter_checkpoint
+        from falcon_bridge.conversion.atomic import check_target
+        from falcon_bridge.conversion.export_format import check_format
         from falcon_bridge.conversion.exporter import export_checkpoint
 
         layout = _layout(tp, pp, cp, sequence_parallel)
+        check_format(format)
+        check_target(hf_dir, force=force)
         adapters = is_adapter_checkpoint(megatron_dir)
         if not adapters and (merge or base):
             raise UserError(f"{megatron_dir} has no adapters: --merge and --base are for the checkpoints of PEFT runs")

@@ -3,35 +3,22 @@
 import contextlib
 import os
 import re
-import shutil
 import signal
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from falcon_bridge.cli.devices import cpu_only
+from falcon_bridge.cli.launch_options import check_options, pairs
+from falcon_bridge.cli.plugins import PLUGINS, make_plugins
 from falcon_bridge.cli.session import DebugOption, JsonOption, Session, session
-from falcon_bridge.errors import JobError, UserError, suggestion
+from falcon_bridge.errors import JobError
 
 
-_EXECUTORS = ("local", "slurm")
 _QUIET = {"clean_mode": True, "enable_goodbye_message": False, "skip_status_at_exit": True, "log_level": "WARN"}
-_SLURM_ONLY = {
-    "account": "--account",
-    "partition": "--partition",
-    "nodes": "--nodes",
-    "gpus_per_node": "--gpus-per-node",
-    "time": "--time",
-    "container_image": "--container-image",
-    "container_mounts": "--container-mounts",
-    "setup": "--setup",
-    "sbatch": "--sbatch",
-    "ssh_host": "--ssh-host",
-    "ssh_user": "--ssh-user",
-    "ssh_identity": "--ssh-identity",
-}
 
 
 def launch(
@@ -42,10 +29,29 @@ def launch(
         typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides of the recipe, in Hydra's syntax."),
     ] = None,
     dataset: Annotated[
-        Path | None, typer.Option(help="Indexed dataset to train on: the prefix of its .bin and .idx.")
+        list[str] | None,
+        typer.Option(
+            metavar="PATH[:WEIGHT]",
+            help="What to train on: the prefix of a .bin and .idx, several of which blend; or for fine-tuning a "
+            "directory of packed chats.",
+        ),
     ] = None,
     hf_path: Annotated[
-        str | None, typer.Option("--hf-path", metavar="HF", help="Start from this Hugging Face checkpoint.")
+        str | None,
+        typer.Option("--hf-path", metavar="HF", help="Start from this Hugging Face checkpoint, with its tokenizer."),
+    ] = None,
+    use_bitnet: Annotated[
+        bool, typer.Option("--use-bitnet", help="Make the linear layers ternary (BitNet b1.58).")
+    ] = False,
+    peft_scheme: Annotated[
+        str | None, typer.Option(help="Adapters of a peft recipe: lora, its default, or dora.")
+    ] = None,
+    plugin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[.KEY=VALUE]",
+            help=f"Run plugin of Megatron Bridge, and its values: {', '.join(PLUGINS)}.",
+        ),
     ] = None,
     env: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="Environment variable of the job.")
@@ -76,6 +82,15 @@ def launch(
     ssh_host: Annotated[str | None, typer.Option(help="slurm: submit through this host instead of here.")] = None,
     ssh_user: Annotated[str | None, typer.Option(help="slurm: user on that host.")] = None,
     ssh_identity: Annotated[str | None, typer.Option(help="slurm: private key file for that host.")] = None,
+    check_files: Annotated[
+        bool | None,
+        typer.Option(
+            "--check-files/--no-check-files",
+            help="slurm: whether the job's data and checkpoint are to be looked for here first; by default without "
+            "--container-image and --ssh-host.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the sbatch script, or the local command; run nothing.")
     ] = False,
@@ -97,9 +112,10 @@ def launch(
     --container-mounts /data:/data --env HF_HOME=/data/hf --dataset /data/corpus --dry-run
     """
     given = locals()
-    variables, parameters = _pairs("--env", env), _pairs("--sbatch", sbatch)
-    _check_options(executor, given)
-    job = {"name": name, "dataset": dataset, "hf_path": hf_path}
+    variables, parameters = pairs("--env", env), pairs("--sbatch", sbatch)
+    check_options(executor, given)
+    training = {"dataset": dataset, "hf_path": hf_path, "use_bitnet": use_bitnet, "peft_scheme": peft_scheme}
+    job = {"name": name, "job_dir": None if ssh_host else job_dir, **training}
     slurm = {
         "account": account,
         "partition": partition,
@@ -114,79 +130,40 @@ def launch(
         "remote_job_dir": str(job_dir) if ssh_host else None,
         **{key: value for key, value in (("nodes", nodes), ("gpus_per_node", gpus_per_node), ("time", time)) if value},
     }
-    here = None if ssh_host else job_dir
     with session(json, debug, keep_logs=executor == "local" and not dry_run) as current:
-        if executor == "local":
-            text = _local(current, recipe, overrides or [], processes, slurm["env"], here, job, dry_run)
+        with current.status("importing Megatron and NeMo-Run, up to 40 s"):
+            library = _library(job["job_dir"])
+            job["plugins"] = make_plugins(plugin or [])
+            if executor == "local":
+                job["executor"] = library.local_executor(
+                    _ranks(recipe, overrides or [], training, processes), variables
+                )
+            else:
+                job["executor"] = library.slurm_executor(**slurm)
+                job["check_files"] = check_files
+            text = library.render(recipe, overrides or [], **job) if dry_run else None
+        if dry_run:
+            current.finish({"ok": True, "executor": executor, "command" if executor == "local" else "script": text})
+        elif executor == "local":
+            _run_here(current, library.experiment(recipe, overrides or [], **job, **_QUIET))
         else:
-            text = _slurm(current, recipe, overrides or [], slurm, here, job, dry_run)
+            _submit(current, library.experiment(recipe, overrides or [], **job, **_QUIET))
     if text and not json:
         typer.echo(text)  # as it is: a script must not be wrapped
 
 
-def _check_options(executor: str, given: dict[str, Any]) -> None:
-    if executor not in _EXECUTORS:
-        hint = suggestion(executor, _EXECUTORS) or ": use local or slurm, or your own executor from Python"
-        raise UserError(f"unknown executor '{executor}'{hint}")
-    if executor == "local":
-        foreign = [option for key, option in _SLURM_ONLY.items() if given[key]]
-        if foreign:
-            raise UserError(f"{', '.join(foreign)} need --executor slurm")
-        return
-    if given["processes"]:
-        raise UserError("--nproc is for --executor local: give --nodes and --gpus-per-node")
-    missing = [option for option in ("account", "partition") if not given[option]]
-    if missing:
-        raise UserError(f"--executor slurm needs {' and '.join('--' + option for option in missing)}")
-    if given["container_mounts"] and not given["container_image"]:
-        raise UserError("--container-mounts needs --container-image")
-    if given["ssh_host"]:
-        if not given["ssh_user"]:
-            raise UserError("--ssh-host needs --ssh-user")
-        if not given["job_dir"] or not given["job_dir"].is_absolute():
-            raise UserError("--ssh-host needs --job-dir, an absolute directory on that host")
-    elif given["ssh_user"] or given["ssh_identity"]:
-        raise UserError("--ssh-user and --ssh-identity need --ssh-host")
-    elif not given["dry_run"] and shutil.which("sbatch") is None:
-        raise UserError("there is no sbatch here: submit from a login node or with --ssh-host, or use --dry-run")
+def _ranks(recipe: str, overrides: list[str], training: dict[str, Any], processes: int | None) -> int:
+    """How many ranks a local job has."""
+    from falcon_bridge.training.run import configure, world_size
+
+    cfg = configure(recipe, overrides, **training)
+    with cpu_only() if "cpu" in recipe.split("_") else contextlib.nullcontext():
+        return world_size(cfg, processes)
 
 
-def _pairs(option: str, texts: list[str] | None) -> dict[str, str]:
-    pairs = {}
-    for text in texts or []:
-        key, separator, value = text.partition("=")
-        if not separator or not re.fullmatch(r"[A-Za-z_][\w-]*", key):
-            raise UserError(f"{option} '{text}': write KEY=VALUE")
-        pairs[key] = value
-    return pairs
-
-
-def _local(
-    current: Session,
-    recipe: str,
-    overrides: list[str],
-    processes: int | None,
-    env: dict[str, str],
-    job_dir: Path | None,
-    job: dict[str, Any],
-    dry_run: bool,
-) -> str | None:
-    with current.status("importing Megatron and NeMo-Run, up to 40 s"):
-        launch = _library(job_dir)
-        from falcon_bridge.training.run import configure, world_size
-
-        cfg = configure(recipe, overrides, job["dataset"], job["hf_path"])
-        with cpu_only() if "cpu" in recipe.split("_") else contextlib.nullcontext():
-            executor = launch.local_executor(world_size(cfg, processes), env)
-    if dry_run:
-        command = launch.render(recipe, overrides, executor=executor, job_dir=job_dir, **job)
-        current.finish({"ok": True, "executor": "local", "command": command})
-        return command
-    quiet = {"clean_mode": True, "enable_goodbye_message": False, "skip_status_at_exit": True, "log_level": "WARN"}
-    with (
-        _signals_kept(),
-        launch.experiment(recipe, overrides, executor=executor, job_dir=job_dir, **job, **quiet) as exp,
-    ):
+def _run_here(current: Session, experiment: AbstractContextManager[Any]) -> None:
+    """Run a local job to its end."""
+    with _signals_kept(), experiment as exp:
         (launched,) = exp.jobs
         exp.run(tail_logs=True)
         interrupted = _cancel_on_signal(exp, launched.id)
@@ -198,31 +175,14 @@ def _local(
         raise JobError(f"the job failed: {_first_error(log)}; its log is {log}")
     current.show(f"the job succeeded; its log is {log}")
     current.finish({"ok": True, "executor": "local", "state": launched.state.name, "log": str(log)})
-    return None
 
 
-def _slurm(
-    current: Session,
-    recipe: str,
-    overrides: list[str],
-    slurm: dict[str, Any],
-    job_dir: Path | None,
-    job: dict[str, Any],
-    dry_run: bool,
-) -> str | None:
-    with current.status("importing Megatron and NeMo-Run, up to 40 s"):
-        launch = _library(job_dir)
-        executor = launch.slurm_executor(**slurm)
-        if dry_run:
-            script = launch.render(recipe, overrides, executor=executor, job_dir=job_dir, **job)
-    if dry_run:
-        current.finish({"ok": True, "executor": "slurm", "script": script})
-        return script
+def _submit(current: Session, experiment: AbstractContextManager[Any]) -> None:
+    """Hand a job to Slurm."""
     from invoke.exceptions import UnexpectedExit
 
-    options = {"executor": executor, "job_dir": job_dir, **job, **_QUIET}
     try:
-        with _signals_kept(), launch.experiment(recipe, overrides, **options) as exp:
+        with _signals_kept(), experiment as exp:
             (launched,) = exp.jobs
             exp.run(detach=True)
     except UnexpectedExit as error:
@@ -232,7 +192,6 @@ def _slurm(
     folder = launched.executor.tunnel.job_dir
     current.show(f"submitted Slurm job {number}; script and logs are in {folder}")
     current.finish({"ok": True, "executor": "slurm", "job_id": number, "job_dir": folder})
-    return None
 
 
 def _library(job_dir: Path | None) -> Any:

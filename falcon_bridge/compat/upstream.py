@@ -54,6 +54,26 @@ PRIVATE: dict[str, Private] = {
     "MambaMixer._ssm_training": Private(
         "megatron.core.ssm.mamba_mixer:MambaMixer._ssm_training", "mamba-ssm's fused convolution and scan"
     ),
+    "ColumnParallelLinear._forward_impl": Private(
+        "megatron.core.tensor_parallel.layers:ColumnParallelLinear.forward",
+        "BitNetColumnParallelLinear overrides it",
+        mentions="_forward_impl",
+    ),
+    "RowParallelLinear._forward_impl": Private(
+        "megatron.core.tensor_parallel.layers:RowParallelLinear.forward",
+        "BitNetRowParallelLinear overrides it",
+        mentions="_forward_impl",
+    ),
+    "grad_added_to_main_grad": Private(
+        "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel._make_backward_post_hook",
+        "BitNet linears set it once they have added to main_grad",
+        mentions="grad_added_to_main_grad",
+    ),
+    "get_dummy_wgrad": Private(
+        "megatron.core.tensor_parallel.layers:LinearWithGradAccumulationAndAsyncCommunication.backward",
+        "Transformer Engine's placeholder gradient",
+        mentions="get_dummy_wgrad",
+    ),
     "GPTModel._preprocess": Private(
         "megatron.core.models.gpt.gpt_model:GPTModel.forward",
         "FalconH1Model overrides it to scale the token embeddings",
@@ -104,6 +124,30 @@ PRIVATE: dict[str, Private] = {
     ),
     "_pretrain_common": Private(
         "megatron.bridge.recipes.common:_pretrain_common", "upstream's defaults, under our recipes"
+    ),
+    "_sft_common": Private(
+        "megatron.bridge.recipes.common:_sft_common", "upstream's defaults, under our fine-tuning recipes"
+    ),
+    "_peft_common": Private(
+        "megatron.bridge.recipes.common:_peft_common", "upstream's defaults, under our adapter recipes"
+    ),
+    "AdapterWrapper._adapter_enabled": Private(
+        "megatron.bridge.peft.adapter_wrapper:AdapterWrapper.__init__",
+        "LoRA and DoRA honour it: adapters can be switched off",
+        mentions="_adapter_enabled",
+    ),
+    "optim._get_scheduler": Private(
+        "megatron.bridge.training.optim:setup_optimizer",
+        "bitnet/schedule.py wraps it to build the two-stage scheduler",
+        mentions="_get_scheduler",
+    ),
+    "get_model_bridge._exact_types": Private(
+        "megatron.bridge.models.conversion.model_bridge:get_model_bridge._exact_types",
+        "upstream's entry for Llama, kept for every Llama that is not BitNet",
+    ),
+    "_split_tensor_factory": Private(
+        "megatron.core.ssm.utils:_split_tensor_factory",
+        "writes the rows of a fused layer's adapter as parts that reload under another tensor parallelism",
     ),
     "DataLoader": Private(
         "torch.utils.data.dataloader:_BaseDataLoaderIter.__init__",

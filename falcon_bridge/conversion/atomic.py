@@ -2,8 +2,8 @@
 
 import contextlib
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,8 +33,9 @@ def atomic_directory(target: str | Path, *, force: bool = False, bytes_needed: i
         free = shutil.disk_usage(target.parent).free
         if free < bytes_needed:
             raise JobError(f"{target} needs {_size(bytes_needed)} and {target.parent} has {_size(free)} free")
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-        partial.chmod(0o777 & ~_umask())
+        # named before it is made, so that an interrupt in between leaves nothing behind
+        partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+        partial.mkdir()
         yield partial
         _swap(partial, target, force)
     except BaseException:
@@ -93,12 +94,6 @@ def _make_parents(parent: Path) -> list[Path]:
     except (FileExistsError, NotADirectoryError):
         raise UserError(f"{parent} is a file: choose another output directory") from None
     return missing
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _size(number: int) -> str:

@@ -94,8 +94,12 @@ DAMAGES = {
         ["F64", "float32 or bfloat16"],
     ),
     "other architecture": (
+        lambda hf: _config(hf, architectures=["MistralForCausalLM"], model_type="mistral"),
+        ["MistralForCausalLM", "FalconH1ForCausalLM"],
+    ),
+    "Llama that is not ternary": (
         lambda hf: _config(hf, architectures=["LlamaForCausalLM"], model_type="llama"),
-        ["LlamaForCausalLM", "FalconH1ForCausalLM"],
+        ["LlamaForCausalLM without BitNet's marks", '"is_bitnet_config": true'],
     ),
     "no architecture": (lambda hf: _config(hf, architectures=...), ["architectures"]),
     "invalid JSON": (lambda hf: (hf / "config.json").write_text("{"), ["not valid JSON"]),
@@ -234,10 +238,9 @@ def test_export_of_what_is_no_megatron_checkpoint(run, hf, tmp_path):
     assert result.exit_code == 2 and "use `convert import`" in result.stderr and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["bitnet", "hff"])
-def test_export_formats_that_cannot_be(run, tmp_path, name):
-    result = run("convert", "export", tmp_path, tmp_path / "out", "--format", name)
-    assert result.exit_code == 2 and f"--format {name}" in result.stderr
+def test_an_export_format_that_there_is_not(run, tmp_path):
+    result = run("convert", "export", tmp_path, tmp_path / "out", "--format", "hff")
+    assert result.exit_code == 2 and "--format hff is unknown: use one of hf, bitnet" in result.stderr
 
 
 @pytest.mark.parametrize(

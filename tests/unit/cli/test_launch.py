@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+from tests.unit.peft.conftest import chats  # noqa: F401
 
 
 TINY = "falcon_h1_tiny_cpu_pretrain_config"
@@ -33,6 +36,7 @@ def in_a_directory_of_its_own(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("NEMORUN_HOME", "")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     # where NeMo-Run keeps its notes is read when it is imported
     monkeypatch.setattr(local, "LOCAL_JOB_DIRS", str(tmp_path / "nemo_run" / "local.json"))
     monkeypatch.setattr(slurm, "SLURM_JOB_DIRS", str(tmp_path / "nemo_run" / "slurm"))
@@ -74,6 +78,20 @@ def test_help_has_an_example(run):
         (["--executor", "local", "train.micro_batch_size=3"], "global_batch_size=8 must be a multiple"),
         (["--executor", "local", "train.train_itres=3"], "did you mean 'train.train_iters'?"),
         (["--executor", "local", "--dataset", "/nowhere/corpus"], "/nowhere/corpus.bin does not exist"),
+        (["--executor", "local", "--dataset", "/nowhere/a:0.3", "--dataset", "/nowhere/b"], "/nowhere/a.bin does not"),
+        (["--executor", "local", "--peft-scheme", "dora"], "--peft-scheme dora is for recipes that train adapters"),
+        (["--executor", "local", "--no-check-files"], "--check-files need --executor slurm"),
+        (["--executor", "local", "--plugin", "fault_tolerance"], "--plugin fault_tolerance needs --executor slurm"),
+        (["--executor", "local", "--plugin", "nsis"], "unknown plugin 'nsis': did you mean 'nsys'?"),
+        (["--executor", "local", "--plugin", "x"], "unknown plugin 'x': use preemption, fault_tolerance, nsys"),
+        (["--executor", "local", "--plugin", "preemption.time=3"], "unknown key 'time' of plugin preemption"),
+        (["--executor", "local", "--plugin", "preemption=3"], "write NAME or NAME.KEY=VALUE"),
+        (["--executor", "local", "--plugin", "nsys.profile_ranks=[0"], "cannot be read"),
+        (["--executor", "local", "--plugin", "preemption.preempt_time=soon"], "must be an integer, not 'soon'"),
+        (["--executor", "local", "--plugin", "nsys.profile_step_end=3"], "needs --plugin nsys.profile_step_start=…"),
+        (["--executor", "local", "--plugin", "wandb.project=x"], "does nothing without an API key: set WANDB_API_KEY"),
+        ([*SLURM, "--dry-run", "--plugin", "nsys", "--plugin", "fault_tolerance"], "exclude each other"),
+        ([*SLURM, "--dry-run", "--dataset", "/nowhere/corpus"], "/nowhere/corpus.bin does not exist"),
         ([*SLURM, "--gpus-per-node", "3", "--dry-run", "model.tensor_model_parallel_size=2"], "3 ranks cannot hold"),
     ],
 )
@@ -115,6 +133,28 @@ def test_the_script_of_a_dry_run(run, tmp_path):
     assert re.sub(changing, "", as_json["script"]).strip() == re.sub(changing, "", script).strip()
 
 
+def test_everything_reaches_the_script(run, tmp_path):
+    """What `train` takes, and Megatron Bridge's plugins."""
+    data = ["--dataset", "/data/web:0.7", "--dataset", "/data/code:0.3", "--hf-path", "/data/hf", "--no-check-files"]
+    plugins = ["preemption", "preemption.preempt_time=90", "nsys.profile_step_start=5", "nsys.profile_step_end=7"]
+    plugins = [text for plugin in [*plugins, "nsys.nsys_trace=[cuda]"] for text in ("--plugin", plugin)]
+    result = run(
+        "launch", "--recipe", LARGE, *SLURM, *data, "--use-bitnet", *plugins, "--dry-run", "train.train_iters=9"
+    )
+    assert result.exit_code == 0, result.stderr
+    for text in (
+        f"train --recipe {LARGE} --dataset /data/web:0.7 --dataset /data/code:0.3 --hf-path /data/hf --use-bitnet "
+        "train.train_iters=9 train.exit_signal_handler=True",
+        "#SBATCH --signal=TERM@90",
+        "nsys profile -s none -t cuda",
+        "profiling.profile_step_start=5 profiling.profile_step_end=7",
+    ):
+        assert text in result.stdout, result.stdout
+    adapters = ["--recipe", "falcon_h1_7b_peft_config", "--peft-scheme", "dora", "--dataset", "/data/chats"]
+    result = run("launch", *adapters, "--hf-path", "tiiuae/x", *SLURM, "--no-check-files", "--dry-run")
+    assert "--dataset /data/chats --hf-path tiiuae/x --peft-scheme dora" in result.stdout, result.stderr
+
+
 @pytest.mark.parametrize(
     ("sbatch", "status", "text"),
     [("echo 4242", 0, ""), ("echo 'sbatch: error: invalid partition' >&2; exit 1", 1, "invalid partition")],
@@ -136,8 +176,8 @@ def test_submitted_to_slurm(run, tmp_path, monkeypatch, sbatch, status, text):
 
 
 def test_two_ranks_train_on_this_machine(run, tmp_path):
-    args = ["--executor", "local", "--nproc", "2", "--env", "OMP_NUM_THREADS=1", "--json"]
-    result = run("launch", "--recipe", TINY, *args, *SMALL, "model.mlp_multipliers=[0.5,0.25]")
+    args = ["--executor", "local", "--nproc", "2", "--env", "OMP_NUM_THREADS=1", "--plugin", "preemption", "--json"]
+    result = run("launch", "--recipe", TINY, *args, "--use-bitnet", *SMALL, "model.mlp_multipliers=[0.5,0.25]")
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
     assert found["state"] == "SUCCEEDED"
@@ -149,6 +189,20 @@ def test_two_ranks_train_on_this_machine(run, tmp_path):
     checkpoints = tmp_path / "nemo_experiments" / "falcon_h1_tiny_cpu" / "checkpoints"
     assert (checkpoints / "latest_checkpointed_iteration.txt").read_text().strip() == "3"
     assert {path.name for path in tmp_path.iterdir()} == {"nemo_run", "nemo_experiments"}
+
+
+def test_two_ranks_fine_tune_on_this_machine(run, chats, tmp_path):  # noqa: F811
+    """The first loss is that of each conversation alone, of the Hugging Face checkpoint, in transformers."""
+    args = ["--executor", "local", "--env", "OMP_NUM_THREADS=1", "--dataset", chats.data, "--hf-path", chats.hf]
+    layout = ["model.tensor_model_parallel_size=2", f"train.global_batch_size={chats.rows}", "optimizer.lr=2e-2"]
+    length = ["train.train_iters=6", "validation.eval_iters=0"]
+    result = run("launch", "--recipe", "falcon_h1_tiny_cpu_sft_config", *args, "--json", *layout, *length)
+    assert result.exit_code == 0, result.stderr
+    log = Path(json.loads(result.stdout)["log"]).read_text()
+    losses = [float(text) for text in re.findall(r"iteration +\d+/ +6 .*lm loss: ([\d.E+-]+)", log)]
+    assert len(losses) == 6
+    assert losses[0] == pytest.approx(chats.loss(AutoModelForCausalLM.from_pretrained(chats.hf)), rel=1e-5)
+    assert losses[-1] < losses[0] - 0.2
 
 
 def test_a_failing_rank_fails_the_launch(run, monkeypatch):

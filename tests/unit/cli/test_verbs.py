@@ -20,7 +20,7 @@ def _json(result):
 
 def test_models(run):
     found = {row["provider"]: row for row in _json(run("models", "--json"))["models"]}
-    assert len(found) == 7
+    assert len(found) == 9
     assert (
         found["FalconH1ModelProvider1P5BDeep"]["tp"] == [1, 2] or 3 not in found["FalconH1ModelProvider1P5BDeep"]["tp"]
     )
@@ -28,6 +28,7 @@ def test_models(run):
     assert found["FalconH1ModelProvider3B"]["tp"] == [1, 2]
     assert found["FalconH1ModelProvider34B"]["tp"] == [1, 2, 4]
     assert found["FalconH1ModelProvider34B"]["parameters"] > 33e9
+    assert sum(name.startswith("FalconEdge") for name in found) == 2
 
 
 def test_recipes(run):
@@ -48,6 +49,8 @@ def test_convert_there_and_back(run, pristine, tmp_path):
     exported = _json(run("convert", "export", tmp_path / "megatron", tmp_path / "hf", "--json"))
     assert exported["config_from"] == "hf_source" and exported["tensors"] == 37
     assert (tmp_path / "hf" / "config.json").read_bytes() == (pristine / "config.json").read_bytes()
+    refused = run("convert", "export", tmp_path / "megatron", tmp_path / "packed", "--format", "bitnet")
+    assert refused.exit_code == 2 and "--format bitnet is for ternary models" in refused.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"megatron", "hf"}
 
 

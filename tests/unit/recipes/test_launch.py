@@ -4,25 +4,33 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import EntryPoint, EntryPoints
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+import falcon_bridge
 from falcon_bridge.errors import UserError
 from falcon_bridge.recipes import launch
 from falcon_bridge.training.recipe import load_recipe
 from falcon_bridge.training.run import configure, run_pretrain
+from tests.unit.peft.conftest import chats  # noqa: F401
 
 
 TINY = "falcon_h1_tiny_cpu_pretrain_config"
 LARGE = "falcon_h1_7b_pretrain_config"
+SFT = "falcon_h1_500m_sft_config"
 SLURM = {"account": "research", "partition": "gpu"}
 # brackets, quotes, blanks, `$` and `*` all mean something to a shell
 HARD = [
     "model.num_layers=2",
     "model.mlp_multipliers=[0.5,0.25]",
     "model.layer_pattern='P*'",
-    "logger.wandb_project='a b \"c\" $HOME'",
+    "logger.tensorboard_dir='a b \"c\" $HOME'",
 ]
 
 
@@ -223,6 +231,23 @@ def test_the_configuration_takes_fault_tolerance():
     assert configure(TINY, ["ft.enable_ft_package=true"]).ft.enable_ft_package is True
 
 
+def test_a_job_has_all_that_train_takes():
+    """Blends, ternary layers and the scheme of adapters; one path is one dataset."""
+    job = launch.task("falcon_h1_7b_peft_config", ["train.train_iters=3"], dataset="/data/chats", peft_scheme="dora")
+    assert job.args == shlex.split(
+        "train --recipe falcon_h1_7b_peft_config --dataset /data/chats --peft-scheme dora train.train_iters=3"
+    )
+    data = ["/data/web:0.7", Path("/data/code:0.3")]
+    executor = launch.slurm_executor(**SLURM, container_image="image")
+    script = launch.render(
+        LARGE, ["train.train_iters=3"], executor=executor, dataset=data, hf_path="tiiuae/x", use_bitnet=True
+    )
+    assert (
+        f"-m falcon_bridge train --recipe {LARGE} --dataset /data/web:0.7 --dataset /data/code:0.3 --hf-path tiiuae/x "
+        "--use-bitnet train.train_iters=3\n"
+    ) in script
+
+
 def test_a_local_job_gets_its_arguments_as_they_are(run):
     for launcher in (None, "torchrun"):
         executor = run.LocalExecutor(ntasks_per_node=2, launcher=launcher)
@@ -262,7 +287,20 @@ def test_an_executor_of_another_kind(run):
         ({"overrides": ["model.pipeline_model_parallel_size=11"]}, "8 ranks cannot hold TP·PP·CP"),
         ({"overrides": ["train.global_batch_size=17"]}, "must be a multiple of train.micro_batch_size"),
         ({"dataset": "data/corpus"}, "--dataset data/corpus as an absolute path"),
+        ({"dataset": ["/data/web:0.7", "data/code:0.3"]}, "--dataset data/code:0.3 as an absolute path"),
         ({"hf_path": "./hf"}, "--hf-path ./hf as an absolute path"),
+        ({"dataset": "/data/web:-1"}, "/data/web:-1: the weight after the colon must be above 0"),
+        ({"dataset": "/data/web"}, "/data/web.bin does not exist"),
+        ({"dataset": "/data/web"}, "where the files are the job's alone, --no-check-files (check_files=False)"),
+        ({"hf_path": "/data/hf"}, "/data/hf does not exist"),
+        ({"dataset": "/data/web", "hf_path": "tiiuae/x"}, "/data/web.bin does not exist"),
+        ({"overrides": ["dataset.blend=[[/data/web],null]"]}, "/data/web.bin does not exist"),
+        ({"peft_scheme": "lora"}, "--peft-scheme lora is for recipes that train adapters"),
+        (
+            {"recipe": SFT, "dataset": "/data/chats", "check_files": False},
+            "no checkpoint to start from: give --hf-path",
+        ),
+        ({"recipe": SFT, "hf_path": "tiiuae/Falcon-H1-0.5B-Base"}, "has no data: give --dataset DIR"),
     ],
 )
 def test_refused_before_anything_is_written(tmp_path, changes, text):
@@ -270,6 +308,56 @@ def test_refused_before_anything_is_written(tmp_path, changes, text):
     with pytest.raises(UserError) as raised, launch.experiment(**call):
         pass
     assert text in str(raised.value) and "\n" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_that_is_not_about_files_says_nothing_of_them():
+    executor = launch.slurm_executor(**SLURM)
+    with pytest.raises(UserError) as raised:
+        launch.render(LARGE, ["train.train_itres=3"], executor=executor, dataset="/data/web")
+    assert "train.train_iters" in str(raised.value) and "files" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"container_image": "image"},
+        {"ssh_host": "login", "ssh_user": "me", "remote_job_dir": "/scratch"},
+    ],
+    ids=lambda where: next(iter(where)),
+)
+def test_files_elsewhere_are_the_jobs(where):
+    executor = launch.slurm_executor(**SLURM, **where)
+    job = {"executor": executor, "dataset": "/data/chats", "hf_path": "/data/hf"}
+    assert "--dataset /data/chats --hf-path /data/hf" in launch.render(SFT, **job)
+    with pytest.raises(UserError, match="/data/hf does not exist"):
+        launch.render(SFT, **job, check_files=True)
+    job["executor"] = launch.slurm_executor(**SLURM)
+    assert "--dataset /data/chats --hf-path /data/hf" in launch.render(SFT, **job, check_files=False)
+
+
+def test_fine_tuning_data_is_checked_before_it_is_submitted(chats):  # noqa: F811
+    executor = launch.slurm_executor(**SLURM, gpus_per_node=1)
+    job = {"executor": executor, "dataset": chats.data, "hf_path": str(chats.hf)}
+    batch = f"train.global_batch_size={chats.rows}"
+    assert f"--dataset {chats.data} --hf-path {chats.hf} {batch}" in launch.render(SFT, [batch], **job)
+    with pytest.raises(UserError, match=f"has {chats.rows} rows, fewer than a batch of 800"):
+        launch.render(SFT, ["train.global_batch_size=800"], **job)
+    with pytest.raises(UserError, match="this recipe pretrains: use an sft or peft recipe"):
+        launch.render(LARGE, **job)
+
+
+def test_a_fine_tuning_goes_on_where_its_checkpoints_are():
+    executor = launch.slurm_executor(**SLURM)
+    load = "checkpoint.load=/data/runs/chats"
+    assert load in launch.render(SFT, [load], executor=executor, dataset="/data/chats", check_files=False)
+
+
+def test_a_local_fine_tuning_needs_data_and_a_checkpoint(tmp_path):
+    executor = launch.local_executor(1)
+    recipe = "falcon_h1_tiny_cpu_sft_config"
+    with pytest.raises(UserError, match="no checkpoint to start from"), launch.experiment(recipe, executor=executor):
+        pass
     assert list(tmp_path.iterdir()) == []
 
 
@@ -334,3 +422,43 @@ def test_ranks_of_a_launcher_that_do_not_fit_are_refused(monkeypatch):
     cfg = configure(TINY, ["model.tensor_model_parallel_size=2"])
     with pytest.raises(UserError, match="3 ranks cannot hold TP·PP·CP = 2"):
         run_pretrain(cfg)
+
+
+@pytest.fixture
+def nemorun(run, monkeypatch):
+    """NeMo-Run's command line with the entry point of pyproject.toml, and without Megatron Bridge's own."""
+    from nemo_run.cli import api
+
+    project = tomllib.loads((Path(falcon_bridge.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    points = project["entry-points"]["nemo_run.cli"].items()
+    points = EntryPoints(EntryPoint(name, value, "nemo_run.cli") for name, value in points)
+    monkeypatch.setattr(api, "metadata", SimpleNamespace(entry_points=lambda: points))
+
+    def invoke(*args):
+        monkeypatch.setattr(sys, "argv", ["nemorun", *args])
+        return CliRunner().invoke(api.create_cli(), args)
+
+    return invoke
+
+
+def test_nemorun_submits_a_recipe(nemorun, slurm, tmp_path):
+    executor = ["run.executor=slurm", "run.executor.account=research", "run.executor.partition=gpu"]
+    job = [f"recipe={LARGE}", f"overrides={json.dumps(HARD)}", "use_bitnet=true", "run.executor.nodes=2"]
+    result = nemorun("falcon_bridge", "launch", "--yes", "--detach", *executor, *job)
+    assert result.exit_code == 0, result.output
+    (script,) = (tmp_path / "nemo_run").rglob("*_sbatch.sh")
+    assert "#SBATCH --nodes=2" in script.read_text() and "#SBATCH --partition=gpu" in script.read_text()
+    subprocess.run(["bash", script], check=True, capture_output=True)
+    arguments, _ = json.loads(slurm.read_text())
+    at = arguments.index("-m")
+    assert arguments[at:] == ["-m", "falcon_bridge", "train", "--recipe", LARGE, "--use-bitnet", *HARD]
+
+
+def test_nemorun_refuses_in_one_line(nemorun, tmp_path):
+    executor = ["run.executor=slurm", "run.executor.account=research"]
+    result = nemorun("falcon_bridge", "launch", "--yes", *executor, f"recipe={LARGE}")
+    assert result.exit_code == 1 and "the executor lacks partition: give run.executor.partition=" in result.output
+    executor.append("run.executor.partition=gpu")
+    result = nemorun("falcon_bridge", "launch", "--yes", *executor, f"recipe={LARGE}", "hf_path=/nowhere/hf")
+    assert result.exit_code == 1 and "/nowhere/hf does not exist" in result.output
+    assert not list(tmp_path.rglob("*_sbatch.sh"))

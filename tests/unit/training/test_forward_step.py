@@ -10,6 +10,7 @@ from megatron.bridge.training.utils.packed_seq_utils import get_packed_seq_param
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from megatron.core.datasets.utils import Split
+from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 
 from falcon_bridge.training.forward_step import forward_step, pack_documents
 from tests.unit.models.falcon_h1.test_model import build
@@ -46,6 +47,13 @@ def rows(directory, apart):
     )
     low = GPTDataset.build_low_level_dataset(f"{directory}/a", config)
     return GPTDataset(low, f"{directory}/a", np.arange(len(LENGTHS)), 4, Split.train, config)
+
+
+@pytest.fixture(autouse=True)
+def no_state_left():
+    """The loss function makes the process's rerun state machine, which forked ranks of later tests would inherit."""
+    yield
+    destroy_rerun_state_machine()
 
 
 @pytest.fixture(scope="module")

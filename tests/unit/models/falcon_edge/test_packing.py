@@ -149,6 +149,8 @@ SCALE = torch.tensor([40.0])
         (torch.tensor([float("nan")]), AUTO_OFFLINE, "got nan"),
         (torch.tensor([float("inf")]), FALCON_E, "got inf"),
         (torch.tensor([5e-324], dtype=torch.float64), FALCON_E, "too small to be 1 / mean"),
+        (torch.tensor([1e-42]), FALCON_E, "too small to be 1 / mean"),
+        (torch.tensor([1e38]), AUTO_OFFLINE, "too large to be mean"),
         (torch.ones(2), FALCON_E, r"must be one floating-point number of shape \[1\], got torch.float32 \[2\]"),
         (torch.ones(1, 1), FALCON_E, r"got torch.float32 \[1, 1\]"),
         (torch.ones(1, dtype=torch.int64), FALCON_E, "got torch.int64"),

@@ -114,6 +114,12 @@ def test_forms_that_mix_are_refused():
     W = uneven(16, 24)
     with pytest.raises(ValueError, match=f"^{Q}: has more than one magnitude, .* ambiguous: .*autobitlinear"):
         latents(Form.DEQUANTIZED, {Q: W}, None, name=Q)
+    codes, scale = quantize_weight(W)
+    dequantised = {Q: codes / scale}
+    with pytest.raises(ValueError, match=f"^{Q}: has a single magnitude .* more than one, .* ambiguous: .*autobit"):
+        latents(Form.LATENT, dequantised, None, name=Q)
+    assert torch.equal(latents(Form.LATENT, dequantised, LATENT_ENTRY, name=Q), dequantised[Q])
+    assert not latents(Form.LATENT, {Q: torch.zeros(8, 4)}, None, name=Q).any()
     with pytest.raises(ValueError, match=f"^{Q}: packed ternary weights are uint8, got torch.float32"):
         latents(Form.PACKED, {Q: W}, PACKED_ENTRY, name=Q)
     with pytest.raises(ValueError, match=f"^{Q}: torch.uint8 among floating-point weights"):
