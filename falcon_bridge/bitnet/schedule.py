@@ -35,6 +35,8 @@ class TwoStageSchedulerConfig(SchedulerConfig):
             ValueError: With one line that says what to change.
         """
         super().finalize()
+        if self.second_stage_lr is None or self.second_stage_start is None:
+            raise ValueError("scheduler.second_stage_lr and scheduler.second_stage_start must be numbers: set both")
         if not 0 < self.second_stage_start < 1:
             raise ValueError(
                 f"scheduler.second_stage_start={self.second_stage_start} must lie between 0 and 1: it is a share of "

@@ -14,8 +14,8 @@ def check_bitnet(config) -> None:
         ValueError: With one line that names the field and says what to change.
     """
     check_choice(config.bitnet_backend)
-    if config.bitnet_warmup_steps < 0:
-        raise ValueError(f"bitnet_warmup_steps must be 0 or more, not {config.bitnet_warmup_steps}")
+    if not isinstance(config.bitnet_warmup_steps, int) or config.bitnet_warmup_steps < 0:
+        raise ValueError(f"bitnet_warmup_steps must be an integer of 0 or more, not {config.bitnet_warmup_steps}")
     if not config.use_bitnet:
         if config.bitnet_warmup_steps:
             raise ValueError(

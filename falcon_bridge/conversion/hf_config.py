@@ -117,7 +117,13 @@ def _check_quantization(path: Path, config: dict[str, Any], ternary_falcon_h1: b
             check_quantization_entry(quantization_entry(config))
         except ValueError as error:
             raise UserError(f"{path.parent}: {error}") from None
-    elif entry is not None and not (ternary_falcon_h1 and is_bitnet(config)):
+    elif entry is not None and is_bitnet(config):
+        if not ternary_falcon_h1:
+            raise UserError(
+                f'{path} has a "quantization_config": a ternary {FALCON_H1} is not read back: use the Megatron '
+                "checkpoint that it was exported from, or export that with --format hf"
+            )
+    elif entry is not None:
         raise UserError(
             f'{path} has a "quantization_config": quantised checkpoints are not supported, dequantise it first '
             "(to float32 or bfloat16)"

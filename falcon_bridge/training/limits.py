@@ -84,6 +84,7 @@ def check_limits(cfg: Any) -> None:
     lr, least = _value(cfg, "optimizer.lr"), _value(cfg, "optimizer.min_lr")
     if lr is not None and least is not None and least > lr:
         raise UserError(f"optimizer.min_lr must be at most optimizer.lr={lr}, not {least}: set both")
+    _check(cfg, "scheduler.second_stage_start", "above 0 and below 1", lambda value: 0 < value < 1)
     second = _value(cfg, "scheduler.second_stage_lr")
     if lr is not None and second is not None and second > lr:
         raise UserError(f"scheduler.second_stage_lr must be at most optimizer.lr={lr}, not {second}: set both")

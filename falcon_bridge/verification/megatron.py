@@ -76,6 +76,10 @@ class MegatronUnderTest:
         precision = {"params_dtype": dtype, "pipeline_dtype": dtype, "bf16": dtype == torch.bfloat16, "fp16": False}
         overrides = {**self.layout.provider_fields(), **precision, "calculate_per_token_loss": True}
         modules = self.bridge.load_megatron_model(checkpoint, mp_overrides=overrides)
+        if dtype == torch.float64:  # upstream takes a model of any dtype but bf16 and fp16 for fp32
+            for module in modules:
+                config = get_model_config(module.double())
+                config.params_dtype = config.pipeline_dtype = config.autocast_dtype = dtype
         invalidate()
         return [
             DistributedDataParallel(get_model_config(module), self._ddp_config(), module, disable_bucketing=i > 0)

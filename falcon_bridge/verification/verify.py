@@ -178,6 +178,13 @@ def _verify_rank(request: VerifyRequest) -> ParityResult | None:
         if first:
             emit(STAGES[3])
         model = MegatronUnderTest(request.hf, request.layout, request.dtype, request.megatron)
+        ternary = getattr(model.config, "use_bitnet", False)
+        if ternary != is_bitnet(config):
+            raise UserError(
+                f"{request.megatron} has use_bitnet={ternary}, but {request.hf} {'lacks' if ternary else 'has'} "
+                "BitNet's marks, so transformers would compute another model: verify against an export of the "
+                "Megatron checkpoint (a ternary Falcon-H1 cannot be verified, see docs/bitnet.md)"
+            )
         if first:
             emit(STAGES[4])
         compared, mismatched = mismatched_tensors(request.hf, model.export())

@@ -18,6 +18,7 @@ QuantizationConfig = Mapping[str, Any] | Any
 """The `quantization_config` of config.json, or transformers' `BitNetQuantConfig`."""
 
 CODES_PER_BYTE = 4
+_LARGEST_FACTOR = 1e30  # above it fp32 could not hold the latent weights, some times as large
 _SHIFTS = tuple(range(0, 2 * CODES_PER_BYTE, 2))
 _LOW_BITS = 0b01010101
 
@@ -138,8 +139,9 @@ def dequantization_factor(
     if not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name}: must be positive and finite, got {value}: the file is damaged")
     factor = 1.0 / value if inverse else value
-    if not math.isfinite(factor):
-        raise ValueError(f"{name}: {value} is too small to be 1 / mean|W|: the file is damaged")
+    if factor > _LARGEST_FACTOR:
+        wrong = "small to be 1 / mean|W|" if inverse else "large to be mean|W|"
+        raise ValueError(f"{name}: {value} is too {wrong}: the file is damaged")
     return factor
 
 

@@ -44,6 +44,16 @@ def check_supported(config) -> None:
         "activation_func": (config.activation_func, torch.nn.functional.silu),
         "position_embedding_type": (config.position_embedding_type, "rope"),
         "rotary_percent": (config.rotary_percent, 1.0),
+        # what a Llama's config.json cannot say: an export would be another model
+        "rotary_interleaved": (config.rotary_interleaved, False),
+        "no_rope_freq": (config.no_rope_freq, None),
+        "seq_len_interpolation_factor": (config.seq_len_interpolation_factor, None),
+        "softmax_type": (config.softmax_type, "vanilla"),
+        "softmax_scale": (config.softmax_scale, None),
+        "glu_linear_offset": (config.glu_linear_offset, 0.0),
+        "activation_func_clamp_value": (config.activation_func_clamp_value, None),
+        "layernorm_zero_centered_gamma": (config.layernorm_zero_centered_gamma, False),
+        "apply_residual_connection_post_layernorm": (config.apply_residual_connection_post_layernorm, False),
     }
     for name, (value, supported) in wanted.items():
         if value != supported:

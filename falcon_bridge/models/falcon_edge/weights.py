@@ -32,6 +32,13 @@ class Form(StrEnum):
     DEQUANTIZED = "bf16"
 
 
+_AMBIGUOUS = (
+    "so whether this checkpoint's weights are latent is ambiguous: if they are, state it in config.json with "
+    'quantization_config {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online", '
+    '"modules_to_not_convert": ["lm_head"]}'
+)
+
+
 def checkpoint_form(entry: Mapping[str, Any] | None, names: Iterable[str], read: Any) -> Form:
     """Tell the three forms apart.
 
@@ -57,7 +64,7 @@ def checkpoint_form(entry: Mapping[str, Any] | None, names: Iterable[str], read:
     sample = read(next((name for name in ternary if name.endswith("k_proj.weight")), ternary[0]))
     if not sample.is_floating_point():
         return Form.PACKED
-    if entry is not None and entry.get("quantization_mode") == "online":
+    if _states_latent(entry):
         return Form.LATENT
     return Form.DEQUANTIZED if _single_magnitude(sample) is not None else Form.LATENT
 
@@ -79,7 +86,8 @@ def to_latent(
         name: Of the matrix; errors begin with it.
         tensor: As it is stored.
         scale: The stored `weight_scale` of a packed matrix; None where there is none.
-        entry: The config's `quantization_config`, which tells what the scale means.
+        entry: The config's `quantization_config`, which tells what the scale means and may state that weights are
+            latent.
         shape: `(out, in)` that the model wants, checked for packed matrices.
         dtype: Of latents that are made; stored ones keep theirs.
 
@@ -97,14 +105,18 @@ def to_latent(
             f"{name}: {tensor.dtype} among floating-point weights: either all projections are packed or none"
         )
     if form == Form.LATENT:
+        # 0 where all weights are zero, which says nothing
+        if not _states_latent(entry) and _single_magnitude(tensor):
+            raise ValueError(
+                f"{name}: has a single magnitude (dequantised ternary weights), but other projections have more than "
+                f"one, {_AMBIGUOUS}"
+            )
         return tensor
     magnitude = _single_magnitude(tensor)
     if magnitude is None:
         raise ValueError(
-            f"{name}: has more than one magnitude, but other projections have one (dequantised ternary weights), so "
-            "whether this checkpoint's weights are latent is ambiguous: if they are, state it in config.json with "
-            'quantization_config {"quant_method": "bitnet", "linear_class": "autobitlinear", '
-            '"quantization_mode": "online", "modules_to_not_convert": ["lm_head"]}'
+            f"{name}: has more than one magnitude, but other projections have one (dequantised ternary weights), "
+            f"{_AMBIGUOUS}"
         )
     return latent_weight(tensor.sign().to(torch.int8), magnitude, dtype, name=name)
 
@@ -139,6 +151,11 @@ def from_latent(form: Form, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iter
             yield name + SCALE_SUFFIX, scale.reshape(1)
         else:
             yield name, codes.float() / scale
+
+
+def _states_latent(entry: Mapping[str, Any] | None) -> bool:
+    """Whether a `quantization_config` says that weights are quantised in each forward pass."""
+    return entry is not None and entry.get("quantization_mode") == "online"
 
 
 def _single_magnitude(tensor: torch.Tensor) -> float | None:

@@ -137,6 +137,7 @@ def test_other_schedules_are_left_as_they_are():
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
+        ({"second": None}, "second_stage_lr and scheduler.second_stage_start must be numbers"),
         ({"start": 0.0}, "second_stage_start=0.0 must lie between 0 and 1"),
         ({"start": 1.0}, "second_stage_start=1.0 must lie between 0 and 1"),
         ({"second": 1.6}, "second_stage_lr=1.6 must lie between optimizer.min_lr=0.0 and optimizer.lr=1.5"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from falcon_bridge.verification.batch import Batch
 from falcon_bridge.verification.checkpoints import write_random_checkpoint
 from falcon_bridge.verification.edge_checkpoints import write_random_edge_checkpoint
 from falcon_bridge.verification.layout import ParallelLayout
+from falcon_bridge.verification.verify import VerifyRequest, verify
 from tests.unit.models.falcon_edge.oracle import BitNetLlama, tokens_off_ties
 
 
@@ -102,6 +104,17 @@ def test_bf16_is_a_dense_model_of_ternary_weights(megatron, tmp_path):
     assert all(torch.equal(found[name], expected[name].bfloat16()) for name in expected)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear and model.dtype == torch.bfloat16
+
+
+def test_an_imported_checkpoint_is_verified_as_closely_as_the_conversion(hf, megatron, tmp_path):
+    """In fp32 activations flip: a model that is loaded must be as wide as one that is converted."""
+    request = VerifyRequest(hf, megatron=megatron, seq_length=64)
+    found = verify(request)
+    assert found.ok and found.max_abs_logit_diff <= 1e-6 * found.max_abs_logit, found
+    dense = shutil.copytree(megatron, tmp_path / "dense")
+    set_field(dense, "use_bitnet", False)
+    with pytest.raises(UserError, match=r"has use_bitnet=False, but .* has BitNet's marks"):
+        verify(replace(request, megatron=dense))
 
 
 def test_without_a_source_hf_is_latent_weights(hf, megatron, tmp_path):
@@ -292,5 +305,5 @@ def test_a_ternary_falcon_h1_is_packed_for_stock_transformers(tmp_path):
     iteration = find_megatron_checkpoint(tmp_path / "megatron").iteration_dir
     trained = run_ranks(_megatron_logits, 1, source, iteration, tokens, device="cpu")[0]
     assert margin > 2e-4 and (trained - logits).abs().max() <= 2e-5 * logits.abs().max()
-    with pytest.raises(UserError, match='has a "quantization_config"'):
+    with pytest.raises(UserError, match=r'has a "quantization_config".* --format hf'):
         import_checkpoint(tmp_path / "out", tmp_path / "back", ParallelLayout())
