@@ -43,8 +43,8 @@ class QuantizationWarmup(Callback):
     """Takes a dense model to a ternary one: step n, from 0, is trained at quantisation strength min(1, n/`steps`).
 
     Source: "Fine-tuning LLMs to 1.58bit" (Hugging Face, 2024): a linear λ, over 1000 steps. The strength follows from
-    the step alone, so a resumed run goes on where it stopped. Outside of training steps it is 1: validations and
-    whatever comes after the training, however it ends, see the ternary model.
+    the step alone, so a resumed run goes on where it stopped. Outside of training steps it is 1: validations, and
+    whatever comes after a training that ends between steps, see the ternary model.
 
     Args:
         steps: Steps below full strength; the first of them is dense.

@@ -62,7 +62,7 @@ def import_(
     """
     with session(json, debug) as current, _bars(current) as progress:
         started = time.monotonic()
-        from falcon_bridge.conversion.bitnet_checkpoint import weights_form
+        from falcon_bridge.conversion.bitnet_checkpoint import LATENTS_ARE_LOST, weights_form
         from falcon_bridge.conversion.importer import import_checkpoint
 
         layout = _layout(tp, pp, cp, sequence_parallel)
@@ -86,8 +86,7 @@ def import_(
     if result["form"] in ("bitnet", "bf16"):
         _say(
             json,
-            f"{source.path} holds ternary codes: they and their scales are kept exactly, but the latent weights that "
-            "the model was trained with are not in it; to train on, prefer a prequantized checkpoint",
+            f"{source.path} {LATENTS_ARE_LOST}",
         )
     if not source.has_checksums:
         _say(json, f"{source.path} has no SHA-256 checksums: nothing to verify the files against")

@@ -28,6 +28,7 @@ def dry_run(current: Session, cfg: Any, processes: int | None) -> dict[str, Any]
     from rich.syntax import Syntax
 
     from falcon_bridge.training.memory import count_parameters, estimate_memory, usable_memory
+    from falcon_bridge.training.notices import notices
 
     limit = usable_memory()
     ranks = _ranks(cfg, processes, limit)
@@ -40,6 +41,9 @@ def dry_run(current: Session, cfg: Any, processes: int | None) -> dict[str, Any]
         f"{count_parameters(cfg.model):,} parameters on {ranks} ranks; {tokens:,} tokens and {flops:.3e} FLOPs a step"
     )
     _show_memory(current, stages)
+    found = notices(cfg)
+    for line in found:
+        current.show_line(line)
     worst = max(stages, key=lambda stage: stage.peak)
     on_gpu = cfg.dist.distributed_backend != "gloo"
     fits = worst.peak <= limit
@@ -58,6 +62,7 @@ def dry_run(current: Session, cfg: Any, processes: int | None) -> dict[str, Any]
         "memory_limit_bytes": limit,
         "fits": fits,
         "changes_that_fit": changes,
+        "notices": found,
     }
 
 

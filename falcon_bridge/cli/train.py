@@ -94,11 +94,15 @@ def _first_rank() -> bool:
 
 
 def _train(current: Session, cfg: Any, recipe: str, command: list[str], processes: int | None) -> dict[str, Any]:
+    from falcon_bridge.training.notices import notices
     from falcon_bridge.training.record import TrainingRecord
     from falcon_bridge.training.report import Run, device_name, write_report
     from falcon_bridge.training.run import check_start, world_size
 
     check_start(cfg)
+    if _first_rank():
+        for line in notices(cfg):
+            current.show_line(line)
     ranks = int(os.environ["WORLD_SIZE"]) if launched_as_rank() else world_size(cfg, processes)
     run, record = Run(recipe, command, cfg, ranks, device_name(cfg)), TrainingRecord()
     started = time.monotonic()

@@ -18,6 +18,11 @@ from falcon_bridge.errors import UserError
 
 
 CODES_PER_BYTE = 4
+LATENTS_ARE_LOST = (
+    "holds ternary codes: they and their scales are kept exactly, but the latent weights that the model was trained "
+    "with are not in it; to train on, prefer a prequantized checkpoint"
+)
+"""What to tell of a packed or dequantised checkpoint."""
 
 
 def is_packed(tensors: Mapping[str, TensorInfo]) -> bool:

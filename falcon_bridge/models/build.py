@@ -17,6 +17,38 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.transformer import ModuleSpec
 
 
+def check_expressible(config: GPTModelProvider, family: str) -> None:
+    """Refuse what the Hugging Face config of either family cannot say: an export would be another model.
+
+    Args:
+        config: The provider, not necessarily finalized.
+        family: What errors call it.
+
+    Raises:
+        ValueError: With one line that names the field and the value that is supported.
+    """
+    wanted = {
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "position_embedding_type": "rope",
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "no_rope_freq": None,
+        "seq_len_interpolation_factor": None,
+        "softmax_type": "vanilla",
+        "glu_linear_offset": 0.0,
+        "activation_func_clamp_value": None,
+        "layernorm_zero_centered_gamma": False,
+        "apply_residual_connection_post_layernorm": False,
+    }
+    for name, supported in wanted.items():
+        value = getattr(config, name)
+        if value != supported:
+            shown = getattr(supported, "__name__", repr(supported))
+            raise ValueError(f"{name}={value!r} is not supported by {family}; use {shown}")
+
+
 def settle_execution(provider: GPTModelProvider) -> None:
     """Set the fields that other fields and the installed packages decide; for `finalize()`."""
     if provider.transformer_impl == "local":

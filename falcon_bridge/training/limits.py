@@ -91,6 +91,7 @@ def check_limits(cfg: Any) -> None:
     warmup, decay = _value(cfg, "scheduler.lr_warmup_iters"), _value(cfg, "scheduler.lr_decay_iters")
     if warmup is not None and decay is not None and warmup >= decay:
         raise UserError(f"scheduler.lr_warmup_iters must be below scheduler.lr_decay_iters={decay}, not {warmup}")
+    _check_bitnet(cfg)
     _check_peft(cfg)
     _check_scan_offsets(cfg)
 
@@ -123,6 +124,21 @@ def check_type(key: str, old: Any, new: Any, annotation: Any = None) -> None:
         (kind,) = declared
     if kind in _KINDS and not _is(new, kind):
         raise UserError(f"{key} must be {_KINDS[kind]}, not {new!r}")
+
+
+def _check_bitnet(cfg: Any) -> None:
+    if not _value(cfg, "model.use_bitnet"):
+        return
+    if _value(cfg, "ddp.use_megatron_fsdp"):
+        raise UserError(
+            "BitNet models do not train under Megatron FSDP, whose weights come and go within a step: set "
+            "ddp.use_megatron_fsdp=false and ddp.use_distributed_optimizer=true"
+        )
+    backend = _value(cfg, "model.bitnet_backend")
+    if backend in ("fused", "onebitllms") and _value(cfg, "dist.distributed_backend") == "gloo":
+        raise UserError(
+            f"model.bitnet_backend={backend} needs a GPU and this recipe is for a CPU: use auto or reference"
+        )
 
 
 def _check_peft(cfg: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from falcon_bridge.training.callbacks import EvalReport, StepReport
 from falcon_bridge.training.loggers import active_loggers
+from falcon_bridge.training.notices import notices
 from falcon_bridge.training.parameters import count_parameters
 from falcon_bridge.training.plot import plot_training
 from falcon_bridge.training.record import TrainingRecord, run_directory, write_whole
@@ -111,6 +112,7 @@ def _page(
             "",
             *_table("Result", _results(run, record, steps, evaluations, seconds)),
             *_table("Run", _setup(run)),
+            *_notices(run),
             *_checkpoint(run),
         ]
     )
@@ -172,6 +174,11 @@ def _setup(run: Run) -> dict[str, str]:
     if loggers:
         rows["logged to"] = ", ".join(loggers)
     return rows
+
+
+def _notices(run: Run) -> list[str]:
+    found = notices(run.cfg)
+    return ["## Notes", "", *(f"- {line}" for line in found), ""] if found else []
 
 
 def _adapters(cfg: Any) -> str:

@@ -1,9 +1,9 @@
 """What a Falcon-Edge model cannot be or do, said in one line before anything is built."""
 
-import torch
 from megatron.core.tensor_parallel.random import HAVE_TE
 
 from falcon_bridge.bitnet.validation import check_bitnet
+from falcon_bridge.models.build import check_expressible
 
 
 def check_supported(config) -> None:
@@ -38,27 +38,9 @@ def check_supported(config) -> None:
     for name, (value, remedy) in unsupported.items():
         if value:
             raise ValueError(f"{name}={value!r} is not supported; {remedy}")
-    wanted = {
-        "normalization": (config.normalization, "RMSNorm"),
-        "gated_linear_unit": (config.gated_linear_unit, True),
-        "activation_func": (config.activation_func, torch.nn.functional.silu),
-        "position_embedding_type": (config.position_embedding_type, "rope"),
-        "rotary_percent": (config.rotary_percent, 1.0),
-        # what a Llama's config.json cannot say: an export would be another model
-        "rotary_interleaved": (config.rotary_interleaved, False),
-        "no_rope_freq": (config.no_rope_freq, None),
-        "seq_len_interpolation_factor": (config.seq_len_interpolation_factor, None),
-        "softmax_type": (config.softmax_type, "vanilla"),
-        "softmax_scale": (config.softmax_scale, None),
-        "glu_linear_offset": (config.glu_linear_offset, 0.0),
-        "activation_func_clamp_value": (config.activation_func_clamp_value, None),
-        "layernorm_zero_centered_gamma": (config.layernorm_zero_centered_gamma, False),
-        "apply_residual_connection_post_layernorm": (config.apply_residual_connection_post_layernorm, False),
-    }
-    for name, (value, supported) in wanted.items():
-        if value != supported:
-            shown = getattr(supported, "__name__", repr(supported))
-            raise ValueError(f"{name}={value!r} is not supported by Falcon-Edge; use {shown}")
+    check_expressible(config, "Falcon-Edge")
+    if config.softmax_scale is not None:
+        raise ValueError(f"softmax_scale={config.softmax_scale!r} is not supported by Falcon-Edge; use None")
     modules = config.recompute_modules if config.recompute_granularity == "selective" else None
     if "layernorm" in (modules or ()) and not HAVE_TE:
         raise ValueError(

@@ -3,6 +3,7 @@
 from megatron.core.tensor_parallel.random import HAVE_TE
 
 from falcon_bridge.bitnet.validation import check_bitnet
+from falcon_bridge.models.build import check_expressible
 from falcon_bridge.models.falcon_h1.pattern import ATTENTION, MAMBA, MLP, PARALLEL
 
 
@@ -57,11 +58,10 @@ def check_supported(config) -> None:
     for name, (value, remedy) in unsupported.items():
         if value:
             raise ValueError(f"{name}={value!r} is not supported; {remedy}")
+    check_expressible(config, "Falcon-H1")
     for name, length in (("mlp_multipliers", 2), ("ssm_multipliers", 5)):
         if len(getattr(config, name)) != length:
             raise ValueError(f"{name} must hold {length} numbers, got {getattr(config, name)!r}")
-    if config.position_embedding_type != "rope":
-        raise ValueError(f"position_embedding_type={config.position_embedding_type!r} is not supported; use 'rope'")
 
 
 def _check_heads(config, pattern: str) -> None:

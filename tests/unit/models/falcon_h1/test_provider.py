@@ -48,7 +48,17 @@ def test_what_the_model_cannot_be_is_named(field, value):
 
 @pytest.mark.parametrize("kind", ["learned_absolute", "yarn", "none"])
 def test_other_position_embeddings_are_refused(kind):
-    assert_refused(f"position_embedding_type='{kind}' is not supported; use 'rope'", position_embedding_type=kind)
+    assert_refused(
+        f"position_embedding_type='{kind}' is not supported by Falcon-H1; use 'rope'", position_embedding_type=kind
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("glu_linear_offset", 1.0), ("rotary_interleaved", True), ("layernorm_zero_centered_gamma", True)],
+)
+def test_what_a_hugging_face_config_cannot_say_is_refused(field, value):
+    assert_refused(f"^{field}={value} is not supported by Falcon-H1; use ", **{field: value})
 
 
 @pytest.mark.parametrize(("field", "length"), [("mlp_multipliers", 2), ("ssm_multipliers", 5)])

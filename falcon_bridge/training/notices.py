@@ -1,0 +1,56 @@
+"""What whoever starts a run should know of its configuration, although nothing about it is wrong."""
+
+from pathlib import Path
+from typing import Any
+
+from falcon_bridge.conversion.bitnet_checkpoint import LATENTS_ARE_LOST, weights_form
+from falcon_bridge.conversion.hf_checkpoint import check_checkpoint
+from falcon_bridge.conversion.megatron_checkpoint import is_megatron_checkpoint
+
+
+def notices(cfg: Any) -> list[str]:
+    """One line each: the backend of ternary layers, latent weights that were lost, schedules that do not end.
+
+    Args:
+        cfg: a ``ConfigContainer``, its model finalized.
+    """
+    return [*_bitnet(cfg), *_schedule(cfg)]
+
+
+def _bitnet(cfg: Any) -> list[str]:
+    model, last = cfg.model, cfg.train.train_iters
+    if not getattr(model, "use_bitnet", False):
+        return []
+    backend = model.bitnet_backend
+    if backend == "auto":
+        backend = "reference" if cfg.dist.distributed_backend == "gloo" else "fused"
+    lines = [f"BitNet linears: backend {backend} (model.bitnet_backend={model.bitnet_backend})"]
+    if last is not None and model.bitnet_warmup_steps >= last > 0:
+        lines.append(
+            f"model.bitnet_warmup_steps={model.bitnet_warmup_steps} is not over when the run ends after "
+            f"train.train_iters={last}: its model will not have been trained as the ternary one that it exports to"
+        )
+    start = Path(cfg.checkpoint.pretrained_checkpoint) if cfg.checkpoint.pretrained_checkpoint else None
+    if start is not None and (start / "config.json").is_file() and not is_megatron_checkpoint(start):
+        source = check_checkpoint(start, values=False)
+        if weights_form(source.config, source.tensors) in ("bitnet", "bf16"):
+            lines.append(f"{start} {LATENTS_ARE_LOST}")
+    return lines
+
+
+def _schedule(cfg: Any) -> list[str]:
+    last, scheduler = cfg.train.train_iters, cfg.scheduler
+    if last is None:
+        return []
+    lines = []
+    if scheduler.lr_decay_iters is not None and last < scheduler.lr_decay_iters:
+        lines.append(
+            f"the run ends at step {last:,}, before the learning rate has decayed "
+            f"(scheduler.lr_decay_iters={scheduler.lr_decay_iters:,}): set it to {last} to decay within the run"
+        )
+    if scheduler.lr_warmup_iters and scheduler.lr_warmup_iters >= last:
+        lines.append(
+            f"the learning rate is still warming up when the run ends at step {last:,} "
+            f"(scheduler.lr_warmup_iters={scheduler.lr_warmup_iters:,})"
+        )
+    return lines
