@@ -55,8 +55,8 @@ def prepare(out: Path) -> dict[str, int]:
     return json.loads(figures.read_text())
 
 
-def configuration(out: Path, name: str, *, steps: int, seed: int, lr: float = 4e-3) -> Any:
-    """The tiny CPU recipe on the text of `prepare`, with WSD over `steps` and held-out loss at the end.
+def configuration(out: Path, *, steps: int, seed: int, lr: float = 4e-3) -> Any:
+    """The tiny CPU recipe on the text of `prepare`, with WSD over `steps`, held-out loss at the end and no checkpoint.
 
     Returns:
         A ``ConfigContainer`` whose model and start are for the caller to change.
@@ -75,9 +75,8 @@ def configuration(out: Path, name: str, *, steps: int, seed: int, lr: float = 4e
     cfg.dataset.blend_per_split = [([prefix], None) for prefix in prefixes]
     cfg.dataset.path_to_cache = str(out / "data" / "cache")
     # once, behind the last step
-    cfg.validation.eval_interval, cfg.validation.eval_iters = steps + 1, 12
-    cfg.checkpoint.save = cfg.checkpoint.load = str(out / "runs" / name)
-    cfg.checkpoint.save_interval = steps + 1
+    cfg.validation.eval_interval, cfg.validation.eval_iters = steps + 1, min(12, steps)
+    cfg.checkpoint.save = cfg.checkpoint.load = None
     return cfg
 
 
@@ -98,7 +97,8 @@ def curve(out: Path, name: str, make: Callable[[], Any]) -> Curve:
     if kept.exists():
         return json.loads(kept.read_text())
     cfg = make()
-    shutil.rmtree(cfg.checkpoint.save, ignore_errors=True)  # of a run that was not done
+    if cfg.checkpoint.save:
+        shutil.rmtree(cfg.checkpoint.save, ignore_errors=True)  # of a run that was not done
     losses, held_out, cpu = {}, [], {}
 
     def on_event(rank: int, event: object) -> None:
@@ -219,7 +219,7 @@ def save(out: Path, name: str, figures: Mapping[str, Any], table: str, figure: A
 
     from falcon_bridge.training.report import device_name
 
-    cfg = configuration(out, "none", steps=10, seed=0)
+    cfg = configuration(out, steps=10, seed=0)
     about = {"date": datetime.date.today().isoformat(), "device": device_name(cfg), "torch": torch.__version__}
     (out / f"{name}.json").write_text(json.dumps(about | rounded(dict(figures))) + "\n")
     (out / f"{name}.md").write_text(table)

@@ -16,13 +16,13 @@ def configuration(out: Path, name: str, *, steps: int, seed: int) -> Any:
     """The run `name`: dense, ternary, tp2, resumed, or resumed_tp2."""
     from falcon_bridge.training.recipe import use_hf_model
 
-    cfg = _study.configuration(out, name, steps=steps, seed=seed)
+    cfg = _study.configuration(out, steps=steps, seed=seed)
     cfg.model.use_bitnet = name == "ternary"
     if name.endswith("tp2"):
         cfg.model.tensor_model_parallel_size, cfg.model.sequence_parallel = 2, True
     use_hf_model(cfg, out / "falcon-h1")
     if name == "dense":
-        cfg.checkpoint.save_interval = half(steps)
+        cfg.checkpoint.save, cfg.checkpoint.save_interval = str(out / "runs" / name), half(steps)
     if name.startswith("resumed"):
         cfg.checkpoint.load, cfg.checkpoint.ckpt_step = str(out / "runs" / "dense"), half(steps)
     return cfg

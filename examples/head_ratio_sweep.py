@@ -27,7 +27,7 @@ def name_of(attention: int, mamba: int) -> str:
 
 def configuration(out: Path, attention: int, mamba: int, *, steps: int, seed: int) -> Any:
     """A run with so many heads of each kind a layer."""
-    cfg = _study.configuration(out, name_of(attention, mamba), steps=steps, seed=seed)
+    cfg = _study.configuration(out, steps=steps, seed=seed)
     model = cfg.model
     attention_width, d_ssm = model.num_attention_heads * model.kv_channels, model.d_ssm
     model.mamba_num_heads, model.mamba_head_dim = mamba, HEAD_DIM

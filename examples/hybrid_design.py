@@ -54,7 +54,7 @@ def main() -> None:
 
     curves, costs = {}, {}
     for name in ("Falcon-H1", "yours"):
-        cfg = _study.configuration(out, name, steps=given.steps, seed=_study.SEED)
+        cfg = _study.configuration(out, steps=given.steps, seed=_study.SEED)
         if name == "yours":
             design(cfg, given)
         cfg.model.finalize()

@@ -26,7 +26,7 @@ PARAMETERS = 1_200_000
 
 def configuration(out: Path, pattern: str, *, steps: int, seed: int) -> Any:
     """A run with this pattern."""
-    cfg = _study.configuration(out, pattern.replace("*", "A"), steps=steps, seed=seed)
+    cfg = _study.configuration(out, steps=steps, seed=seed)
     cfg.model.num_layers, cfg.model.layer_pattern = len(pattern), pattern
     _study.equal_parameters(cfg.model, PARAMETERS)
     return cfg
