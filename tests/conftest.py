@@ -5,6 +5,8 @@ import torch
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # whatever a test needs, it makes
+# forked ranks and examples tokenize, too, and would wait for ever for threads that only the parent has
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def pytest_collection_modifyitems(items):

@@ -136,6 +136,10 @@ PRIVATE: dict[str, Private] = {
         "LoRA and DoRA honour it: adapters can be switched off",
         mentions="_adapter_enabled",
     ),
+    "train_utils.report_theoretical_memory": Private(
+        "megatron.bridge.training.utils.train_utils:report_theoretical_memory",
+        "prints a GPT's memory and divides by the attention heads, which may be 0; silenced while we train",
+    ),
     "optim._get_scheduler": Private(
         "megatron.bridge.training.optim:setup_optimizer",
         "bitnet/schedule.py wraps it to build the two-stage scheduler",

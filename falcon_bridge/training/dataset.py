@@ -88,7 +88,7 @@ def check_dataset(cfg: Any) -> None:
             if round(bounds[0] * files.documents) == round(bounds[1] * files.documents):
                 raise UserError(
                     f"{prefix} has {files.documents} documents, of which dataset.split={cfg.dataset.split} gives none "
-                    f"to {name}: choose another, such as dataset.split=\"'80,10,10'\", or set validation.eval_iters=0"
+                    f"to {name}: choose another, such as dataset.split=\"'80,10,10'\""
                 )
         info = text_info(prefix)
         largest = info.max_token_id if info else largest_token(prefix, files.dtype)
@@ -124,7 +124,7 @@ def _prefixes(cfg: Any) -> list[tuple[str, dict[str, tuple[float, float]]]]:
     )
     from megatron.core.datasets.utils import get_blend_from_list
 
-    dataset, evaluated = cfg.dataset, bool(cfg.validation.eval_iters)
+    dataset = cfg.dataset
     if dataset.blend_per_split is not None:
         # a whole dataset a split
         return [(prefix, {}) for blend in dataset.blend_per_split if blend is not None for prefix in blend[0]]
@@ -135,9 +135,6 @@ def _prefixes(cfg: Any) -> list[tuple[str, dict[str, tuple[float, float]]]]:
     if blend is None:
         return []
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(dataset.split)) if dataset.split else ()
-    splits = {
-        name: bounds
-        for name, bounds in zip(_SPLITS, matrix, strict=False)
-        if bounds is not None and (name == "training" or evaluated)
-    }
+    # Megatron builds every split, also those that are never evaluated, and counts an empty one's epochs for ever
+    splits = {name: bounds for name, bounds in zip(_SPLITS, matrix, strict=False) if bounds is not None}
     return [(prefix, splits) for prefix in blend[0]]

@@ -91,6 +91,7 @@ def check_limits(cfg: Any) -> None:
     warmup, decay = _value(cfg, "scheduler.lr_warmup_iters"), _value(cfg, "scheduler.lr_decay_iters")
     if warmup is not None and decay is not None and warmup >= decay:
         raise UserError(f"scheduler.lr_warmup_iters must be below scheduler.lr_decay_iters={decay}, not {warmup}")
+    _check_swiglu(cfg)
     _check_bitnet(cfg)
     _check_peft(cfg)
     _check_scan_offsets(cfg)
@@ -124,6 +125,15 @@ def check_type(key: str, old: Any, new: Any, annotation: Any = None) -> None:
         (kind,) = declared
     if kind in _KINDS and not _is(new, kind):
         raise UserError(f"{key} must be {_KINDS[kind]}, not {new!r}")
+
+
+def _check_swiglu(cfg: Any) -> None:
+    width, tp = _value(cfg, "model.ffn_hidden_size"), _value(cfg, "model.tensor_model_parallel_size") or 1
+    if width and width % tp == 0 and width // tp % 2:
+        raise UserError(
+            f"model.ffn_hidden_size={width} over {tp} tensor-parallel ranks is odd, which Megatron Bridge's training "
+            "set-up cannot warm up its fused SwiGLU with: choose an even number"
+        )
 
 
 def _check_bitnet(cfg: Any) -> None:
