@@ -126,10 +126,11 @@ def test_another_job_in_the_same_place(corpus, tokenizers, tmp_path):
     def stop(stage, done, total, note):
         raise KeyboardInterrupt
 
+    before = multiprocessing.active_children()
     with pytest.raises(KeyboardInterrupt):
         prepare_text(files, tokenizers / "plain", tmp_path / "x", progress=stop)
     assert (tmp_path / "x.partial").is_dir()
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= set(before)
     with pytest.raises(UserError, match="unfinished job with other inputs or options"):
         prepare_text(files[:1], tokenizers / "plain", tmp_path / "x")
     info = prepare_text(files[:1], tokenizers / "plain", tmp_path / "x", force=True)
