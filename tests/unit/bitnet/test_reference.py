@@ -97,9 +97,8 @@ def test_the_product_of_codes_is_exact_and_rounded_once():
 
 
 def test_the_product_of_codes_is_exact_beyond_what_fp32_holds(monkeypatch):
-    in_features = 2 * FP32_EXACT_IN_FEATURES + 3
-    # many tokens: in fp32 a sum may be right by chance, in whatever order this machine adds
-    x = torch.randint(100, 128, (64, in_features), generator=torch.Generator().manual_seed(0)).float()
+    in_features = 32 * FP32_EXACT_IN_FEATURES + 3  # too long also for the parts that threads add up
+    x = torch.randint(100, 128, (8, in_features), generator=torch.Generator().manual_seed(0)).float()
     x[:, 0] = 127  # so that a = 1 and the codes are x
     W = torch.ones(1, in_features)
     exact = x.long().sum(-1, keepdim=True)
