@@ -51,6 +51,11 @@ def one_line(error: BaseException) -> str:
     return _cut(f"{type(error).__name__}: {text}" if text else type(error).__name__)
 
 
+def message_of(error: BaseException) -> str:
+    """The message of an error that was written for the user, on one line; `one_line` where it has none."""
+    return " ".join(str(error).split()) or one_line(error)
+
+
 def _cut(text: str) -> str:
     return text if len(text) <= _MAX_LENGTH else text[: _MAX_LENGTH - 1].rstrip() + "…"
 

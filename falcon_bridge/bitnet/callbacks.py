@@ -25,18 +25,25 @@ def bitnet_callbacks(cfg: ConfigContainer) -> list[Callback]:
     if not getattr(cfg.model, "use_bitnet", False):
         return []
     callbacks: list[Callback] = []
-    steps, last = getattr(cfg.model, "bitnet_warmup_steps", 0), cfg.train.train_iters
-    if steps:
-        if last is not None and steps >= last:
-            logger.warning(
-                f"model.bitnet_warmup_steps={steps} is not over when the run ends after train.train_iters={last} "
-                "steps: its model has not been trained as the ternary one that it exports to"
-            )
+    if warning := unfinished_warmup(cfg):
+        logger.warning(warning)
+    if steps := getattr(cfg.model, "bitnet_warmup_steps", 0):
         callbacks.append(QuantizationWarmup(steps))
     log = cfg.logger
     if any((log.tensorboard_dir, log.wandb_project, log.mlflow_experiment, log.comet_project)):
         callbacks.append(StatisticsLogger())
     return callbacks
+
+
+def unfinished_warmup(cfg: ConfigContainer) -> str | None:
+    """What to tell of a quantisation warm-up that outlasts the run; None of any other."""
+    steps, last = getattr(cfg.model, "bitnet_warmup_steps", 0), cfg.train.train_iters
+    if not steps or last is None or steps < last:
+        return None
+    return (
+        f"model.bitnet_warmup_steps={steps} is not over when the run ends after train.train_iters={last} steps: its "
+        "model has not been trained as the ternary one that it exports to"
+    )
 
 
 class QuantizationWarmup(Callback):

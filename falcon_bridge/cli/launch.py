@@ -14,6 +14,14 @@ import typer
 from falcon_bridge.cli.devices import cpu_only
 from falcon_bridge.cli.launch_options import check_options, pairs
 from falcon_bridge.cli.plugins import PLUGINS, make_plugins
+from falcon_bridge.cli.run_options import (
+    DatasetOption,
+    HFPathOption,
+    Overrides,
+    PeftSchemeOption,
+    RecipeOption,
+    UseBitnetOption,
+)
 from falcon_bridge.cli.session import DebugOption, JsonOption, Session, session
 from falcon_bridge.errors import JobError
 
@@ -22,30 +30,13 @@ _QUIET = {"clean_mode": True, "enable_goodbye_message": False, "skip_status_at_e
 
 
 def launch(
-    recipe: Annotated[str, typer.Option(help="Name of the recipe; `falcon-bridge recipes` lists them.")],
+    recipe: RecipeOption,
     executor: Annotated[str, typer.Option(help="Where it runs: local or slurm.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides of the recipe, in Hydra's syntax."),
-    ] = None,
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATH[:WEIGHT]",
-            help="What to train on: the prefix of a .bin and .idx, several of which blend; or for fine-tuning a "
-            "directory of packed chats.",
-        ),
-    ] = None,
-    hf_path: Annotated[
-        str | None,
-        typer.Option("--hf-path", metavar="HF", help="Start from this Hugging Face checkpoint, with its tokenizer."),
-    ] = None,
-    use_bitnet: Annotated[
-        bool, typer.Option("--use-bitnet", help="Make the linear layers ternary (BitNet b1.58).")
-    ] = False,
-    peft_scheme: Annotated[
-        str | None, typer.Option(help="Adapters of a peft recipe: lora, its default, or dora.")
-    ] = None,
+    overrides: Overrides = None,
+    dataset: DatasetOption = None,
+    hf_path: HFPathOption = None,
+    use_bitnet: UseBitnetOption = False,
+    peft_scheme: PeftSchemeOption = None,
     plugin: Annotated[
         list[str] | None,
         typer.Option(

@@ -9,6 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from falcon_bridge.cli.devices import cpu_only
+from falcon_bridge.cli.run_options import (
+    DatasetOption,
+    HFPathOption,
+    Overrides,
+    PeftSchemeOption,
+    RecipeOption,
+    UseBitnetOption,
+)
 from falcon_bridge.cli.session import DebugOption, JsonOption, Session, session
 from falcon_bridge.errors import JobError, one_line
 from falcon_bridge.ranks import launched_as_rank
@@ -18,29 +26,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def train(
-    recipe: Annotated[str, typer.Option(help="Name of the recipe; `falcon-bridge recipes` lists them.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY.SUB=VALUE]...", help="Overrides of the recipe, in Hydra's syntax."),
-    ] = None,
-    dataset: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATH[:WEIGHT]",
-            help="What to train on: the prefix of a .bin and .idx (`data prepare`), several of which blend; or for "
-            "fine-tuning a directory of packed chats (`data prepare-chat`).",
-        ),
-    ] = None,
-    hf_path: Annotated[
-        str | None,
-        typer.Option("--hf-path", metavar="HF", help="Start from this Hugging Face checkpoint, with its tokenizer."),
-    ] = None,
-    use_bitnet: Annotated[
-        bool, typer.Option("--use-bitnet", help="Make the linear layers ternary (BitNet b1.58).")
-    ] = False,
-    peft_scheme: Annotated[
-        str | None, typer.Option(help="Adapters of a peft recipe: lora, its default, or dora.")
-    ] = None,
+    recipe: RecipeOption,
+    overrides: Overrides = None,
+    dataset: DatasetOption = None,
+    hf_path: HFPathOption = None,
+    use_bitnet: UseBitnetOption = False,
+    peft_scheme: PeftSchemeOption = None,
     processes: Annotated[
         int | None, typer.Option("--nproc", min=1, help="Ranks to start; all GPUs, or on CPU what the layout takes.")
     ] = None,

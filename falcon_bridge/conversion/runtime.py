@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from falcon_bridge.compat import cpu_runtime
-from falcon_bridge.errors import UserError, one_line
+from falcon_bridge.errors import UserError, message_of
 
 
 if TYPE_CHECKING:
@@ -46,11 +46,6 @@ def prepare_provider(bridge: Any, layout: "ParallelLayout", dtype: torch.dtype, 
             dtype=dtype, overrides={**layout.provider_fields(), "pipeline_dtype": dtype}
         )
     except (ValueError, NotImplementedError, AssertionError) as error:
-        raise UserError(_plain(error)) from error
+        raise UserError(message_of(error)) from error
     provider.initialize_model_parallel(seed=0)
     return provider
-
-
-def _plain(error: Exception) -> str:
-    """The message alone, where there is one: it was written for the user."""
-    return " ".join(str(error).split()) or one_line(error)

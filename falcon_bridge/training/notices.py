@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from falcon_bridge.bitnet.callbacks import unfinished_warmup
 from falcon_bridge.conversion.bitnet_checkpoint import LATENTS_ARE_LOST, weights_form
 from falcon_bridge.conversion.hf_checkpoint import check_checkpoint
 from falcon_bridge.conversion.megatron_checkpoint import is_megatron_checkpoint
@@ -18,18 +19,15 @@ def notices(cfg: Any) -> list[str]:
 
 
 def _bitnet(cfg: Any) -> list[str]:
-    model, last = cfg.model, cfg.train.train_iters
+    model = cfg.model
     if not getattr(model, "use_bitnet", False):
         return []
     backend = model.bitnet_backend
     if backend == "auto":
         backend = "reference" if cfg.dist.distributed_backend == "gloo" else "fused"
     lines = [f"BitNet linears: backend {backend} (model.bitnet_backend={model.bitnet_backend})"]
-    if last is not None and model.bitnet_warmup_steps >= last > 0:
-        lines.append(
-            f"model.bitnet_warmup_steps={model.bitnet_warmup_steps} is not over when the run ends after "
-            f"train.train_iters={last}: its model will not have been trained as the ternary one that it exports to"
-        )
+    if warning := unfinished_warmup(cfg):
+        lines.append(warning)
     start = Path(cfg.checkpoint.pretrained_checkpoint) if cfg.checkpoint.pretrained_checkpoint else None
     if start is not None and (start / "config.json").is_file() and not is_megatron_checkpoint(start):
         source = check_checkpoint(start, values=False)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from falcon_bridge.errors import UserError, one_line, suggestion
+from falcon_bridge.errors import UserError, message_of, one_line, suggestion
 from falcon_bridge.training.limits import check_limits, check_type
 from falcon_bridge.training.sft_dataset import pad_multiple
 
@@ -195,7 +195,7 @@ def use_hf_model(cfg: Any, hf: str | Path, *, pretrained: str | Path | None = No
     try:
         model = bridge.to_megatron_provider(load_weights=False)
     except (ValueError, NotImplementedError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+        raise UserError(message_of(error)) from error
     recipe = cfg.model
     kept = (
         "tensor_model_parallel_size",

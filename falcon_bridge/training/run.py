@@ -15,7 +15,7 @@ from falcon_bridge.conversion.megatron_checkpoint import (
     is_megatron_checkpoint,
     keep_hf_source,
 )
-from falcon_bridge.errors import UserError, one_line
+from falcon_bridge.errors import UserError, message_of
 from falcon_bridge.ranks import launched_as_rank, run_ranks
 
 
@@ -77,7 +77,7 @@ def configure(
         try:
             cfg.model.finalize()
         except (ValueError, AssertionError) as error:
-            raise UserError(" ".join(str(error).split()) or one_line(error)) from error
+            raise UserError(message_of(error)) from error
     return cfg
 
 
@@ -90,7 +90,7 @@ def _with_scheme(recipe: str, peft_scheme: str) -> Any:
     try:
         return getattr(recipes, recipe)(peft_scheme=peft_scheme)
     except ValueError as error:
-        raise UserError(one_line(error).removeprefix("ValueError: ")) from error
+        raise UserError(message_of(error)) from error
 
 
 def _make_ternary(cfg: Any) -> None:

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import torch
-
 from falcon_bridge.models.falcon_h1.pattern import PARALLEL
+from falcon_bridge.models.hf_config import common_hf_fields
 
 
 def check_hf_config(config) -> None:
@@ -69,23 +68,7 @@ def hf_config_fields(provider) -> dict[str, Any]:
             "both in every block; keep the Megatron checkpoint"
         )
     return {
-        "vocab_size": provider.vocab_size,
-        "tie_word_embeddings": provider.share_embeddings_and_output_weights,
-        "hidden_size": provider.hidden_size,
-        "intermediate_size": provider.ffn_hidden_size,
-        "num_hidden_layers": provider.num_layers,
-        "num_attention_heads": provider.num_attention_heads,
-        "num_key_value_heads": provider.num_query_groups or provider.num_attention_heads,
-        "head_dim": provider.kv_channels or provider.hidden_size // provider.num_attention_heads,
-        "hidden_act": "silu",
-        "initializer_range": provider.init_method_std,
-        "rms_norm_eps": provider.layernorm_epsilon,
-        "max_position_embeddings": provider.max_position_embeddings or provider.seq_length,
-        "attention_dropout": provider.attention_dropout,
-        "rope_parameters": {"rope_type": "default", "rope_theta": provider.rotary_base},
-        "bos_token_id": provider.bos_token_id,
-        "eos_token_id": provider.eos_token_id,
-        "pad_token_id": provider.pad_token_id,
+        **common_hf_fields(provider),
         "mamba_d_ssm": provider.d_ssm,
         "mamba_n_heads": provider.mamba_num_heads,
         "mamba_d_head": provider.mamba_head_dim,
@@ -99,8 +82,6 @@ def hf_config_fields(provider) -> dict[str, Any]:
         "mamba_norm_before_gate": False,
         "mamba_rms_norm": provider.gated_norm,
         "projectors_bias": False,
-        "attention_bias": False,
-        "mlp_bias": False,
         "embedding_multiplier": provider.embedding_multiplier,
         "lm_head_multiplier": provider.lm_head_multiplier,
         "key_multiplier": provider.key_multiplier,
@@ -110,5 +91,4 @@ def hf_config_fields(provider) -> dict[str, Any]:
         "ssm_out_multiplier": provider.ssm_out_multiplier,
         "mlp_multipliers": list(provider.mlp_multipliers),
         "ssm_multipliers": list(provider.ssm_multipliers),
-        "dtype": "bfloat16" if provider.params_dtype == torch.bfloat16 else "float32",
     }
