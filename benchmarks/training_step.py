@@ -181,6 +181,11 @@ def measure(side: str, size: str, seq_length: int, batch: int, profile: bool) ->
     end.record()
     torch.cuda.synchronize()
     milliseconds = start.elapsed_time(end) / steps
+    # how long the host takes to issue a step: where this is no less than the step, the GPU waits for launches
+    issued = time.perf_counter()
+    step()
+    issued = time.perf_counter() - issued
+    torch.cuda.synchronize()
     result = {
         "side": side,
         "size": size,
@@ -190,6 +195,7 @@ def measure(side: str, size: str, seq_length: int, batch: int, profile: bool) ->
         "tokens_per_s": batch * seq_length / milliseconds * 1e3,
         "peak_GiB": torch.cuda.max_memory_allocated() / 2**30,
         "first_step_s": first,
+        "host_ms": issued * 1e3,
         "loss": loss.item(),
     }
     if profile:
@@ -250,6 +256,8 @@ def main() -> None:
         for side in arguments.side or SIDES[:3]:
             result = in_fresh_process(arguments, side, size)
             results.append(result)
+            if arguments.json:
+                arguments.json.write_text(json.dumps(results, indent=1))
             if "error" in result:
                 print(f"{size} {side}: FAILED\n{result['error']}", flush=True)
                 continue
@@ -257,11 +265,10 @@ def main() -> None:
             print(
                 f"{size} {side}: {result['step_ms']:.1f} ms, {result['tokens_per_s']:,.0f} tokens/s "
                 f"({result['tokens_per_s'] / baseline:.2f}×), peak {result['peak_GiB']:.1f} GiB, "
+                f"issued in {result['host_ms']:.0f} ms, "
                 f"first step after {result['first_step_s']:.0f} s, loss {result['loss']:.3f}",
                 flush=True,
             )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
