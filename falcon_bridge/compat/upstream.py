@@ -1,8 +1,9 @@
 """The upstream internals that falcon_bridge leans on, by name, in one place.
 
-Everything here is private to Megatron Core, Megatron Bridge or transformers (an underscore name, or an attribute that
-we replace or set), so a minor release may move it. ``tests/unit/compat/test_upstream.py`` resolves the whole table,
-says which name moved, and finds imports of private names that are not listed here.
+Everything here is private to Megatron Core, Megatron Bridge, transformers, Triton or packages that only a GPU needs
+(an underscore name, or an attribute that we replace or set), so a minor release may move it.
+``tests/unit/compat/test_upstream.py`` resolves the table, ``tests/gpu/test_upstream_gpu.py`` the part that needs a
+GPU machine's packages; they say which name moved, and find imports of private names that are not listed here.
 """
 
 import importlib
@@ -26,6 +27,9 @@ class Private(NamedTuple):
     why: str
     mentions: str | None = None
 
+
+GPU_PACKAGES = ("mamba_ssm", "causal_conv1d")
+"""Packages that are installed with falcon-bridge[gpu] only."""
 
 PRIVATE: dict[str, Private] = {
     "compile_helpers": Private(
@@ -51,8 +55,23 @@ PRIVATE: dict[str, Private] = {
         "megatron.core.ssm.mamba_mixer:HAVE_MAMBA_SSM",
         "MambaMixer.__init__ refuses to run where it is false; true while ours is built (compat/mamba.py)",
     ),
-    "MambaMixer._ssm_training": Private(
-        "megatron.core.ssm.mamba_mixer:MambaMixer._ssm_training", "mamba-ssm's fused convolution and scan"
+    "_mamba_chunk_scan_combined_fwd": Private(
+        "mamba_ssm.ops.triton.ssd_combined:_mamba_chunk_scan_combined_fwd", "the scan on GPU (ops/ssm_scan.py)"
+    ),
+    "_mamba_chunk_scan_combined_bwd": Private(
+        "mamba_ssm.ops.triton.ssd_combined:_mamba_chunk_scan_combined_bwd",
+        "its gradients, written into tensors that ops/ssm_scan.py gives",
+    ),
+    "causal_conv1d_fwd_function": Private(
+        "causal_conv1d.cpp_functions:causal_conv1d_fwd_function", "the convolution on GPU (ops/ssm_scan.py)"
+    ),
+    "causal_conv1d_bwd_function": Private(
+        "causal_conv1d.cpp_functions:causal_conv1d_bwd_function", "its gradients, written into a given tensor"
+    ),
+    "Autotuner.cache": Private(
+        "triton.runtime.autotuner:Autotuner.run",
+        "asked once a call, and holds each key's configuration; replaced by shipped choices (ops/tuning)",
+        mentions="not in self.cache",
     ),
     "ColumnParallelLinear._forward_impl": Private(
         "megatron.core.tensor_parallel.layers:ColumnParallelLinear.forward",

@@ -17,6 +17,16 @@ from megatron.core.pipeline_parallel.utils import (
 from megatron.core.transformer import ModuleSpec
 
 
+def default_transformer_impl() -> str:
+    """Transformer Engine where it can run, Megatron's local implementation elsewhere."""
+    return "transformer_engine" if runs_transformer_engine() else "local"
+
+
+def runs_transformer_engine() -> bool:
+    """Whether Transformer Engine is installed and there is a GPU: also the default of its fused kernels."""
+    return find_spec("transformer_engine") is not None and torch.cuda.is_available()
+
+
 def check_expressible(config: GPTModelProvider, family: str) -> None:
     """Refuse what the Hugging Face config of either family cannot say: an export would be another model.
 
@@ -49,10 +59,65 @@ def check_expressible(config: GPTModelProvider, family: str) -> None:
             raise ValueError(f"{name}={value!r} is not supported by {family}; use {shown}")
 
 
+def check_cuda_graph(config: GPTModelProvider) -> None:
+    """Refuse CUDA graphs of a model that cannot be captured, and any but those of whole iterations.
+
+    `training.cuda_graph` does the same for the rest of a run's configuration.
+
+    Args:
+        config: The provider, not necessarily finalized.
+
+    Raises:
+        ValueError: With one line that names the field and says what to change.
+    """
+    for name in ("enable_cuda_graph", "external_cuda_graph"):
+        if getattr(config, name):
+            raise ValueError(f"{name}=True is not supported; see cuda_graph_impl: set it to False")
+    if config.cuda_graph_impl == "none":
+        return
+    if config.cuda_graph_impl != "full_iteration":
+        raise ValueError(
+            f"cuda_graph_impl={config.cuda_graph_impl!r} is not supported; whole iterations can be captured, single "
+            "layers cannot: set it to 'full_iteration', or to 'none'"
+        )
+    dropout = config.attention_dropout or config.hidden_dropout
+    recomputes = config.recompute_granularity or getattr(config, "recompute_mixer", False)
+    refused = {
+        "cuda_graph_modules": (
+            config.cuda_graph_modules not in (None, "", "full", []) and config.cuda_graph_modules,
+            "it names parts to capture, and the whole iteration is captured: set it to []",
+        ),
+        "cuda_graph_warmup_steps": (
+            config.cuda_graph_warmup_steps < 1 and f"{config.cuda_graph_warmup_steps}",
+            "kernels are compiled and tuned in steps before the capture: set it to 1 or more",
+        ),
+        "pipeline_model_parallel_size": (
+            config.pipeline_model_parallel_size > 1 and config.pipeline_model_parallel_size,
+            "what pipeline stages send each other has not been shown to be right in a graph: set it to 1",
+        ),
+        "fp8": (config.fp8, "scaling factors have not been shown to be right in a graph: unset it"),
+        "attention_dropout or hidden_dropout": (
+            recomputes and dropout,
+            "recomputation in a graph would drop other elements: set them to 0, or recompute nothing",
+        ),
+    }
+    for name, (value, remedy) in refused.items():
+        if value:
+            raise ValueError(
+                f"{name}={value} is not supported with cuda_graph_impl='full_iteration'; {remedy}, or set "
+                "cuda_graph_impl='none'"
+            )
+
+
 def settle_execution(provider: GPTModelProvider) -> None:
     """Set the fields that other fields and the installed packages decide; for `finalize()`."""
+    recomputed = provider.recompute_modules if provider.recompute_granularity == "selective" else None
+    if provider.fp32_residual_connection or "layernorm" in (recomputed or ()):
+        # the fused backward pass adds in the norm's dtype, and recompute wants a norm with one output
+        provider.fused_residual_rmsnorm = False
     if provider.transformer_impl == "local":
         provider.persist_layer_norm = False
+        provider.fused_residual_rmsnorm = False
         provider.apply_rope_fusion = False
         provider.masked_softmax_fusion = False
     if provider.gradient_accumulation_fusion and find_spec("fused_weight_gradient_mlp_cuda") is None:
@@ -64,6 +129,9 @@ def settle_execution(provider: GPTModelProvider) -> None:
     if provider.virtual_pipeline_model_parallel_size is not None and provider.pipeline_model_parallel_size > 1:
         # with two pipeline ranks, batched point-to-point calls let the two tensors cross, without an error
         provider.overlap_p2p_comm, provider.batch_p2p_comm = True, False
+    if provider.cuda_graph_impl == "full_iteration":
+        # Megatron's default names layers; the other random numbers' states are on the host, where no replay moves them
+        provider.cuda_graph_modules, provider.use_te_rng_tracker = [], True
 
 
 def build_model(

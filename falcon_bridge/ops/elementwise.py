@@ -5,6 +5,7 @@ the Triton kernels of `elementwise_kernels` compute the same in one pass; what i
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -12,50 +13,38 @@ import torch.nn.functional as F
 
 class _ScaleSegments(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x: torch.Tensor, sizes: Sequence[int], scales: Sequence[float], batch_first: bool
-    ) -> torch.Tensor:
+    def forward(ctx, x: torch.Tensor, sizes: Sequence[int], scales: Sequence[float]) -> torch.Tensor:
         ctx.sizes, ctx.scales = sizes, scales
-        return _scaled(x, sizes, scales, batch_first)
+        return _scaled(x, sizes, scales)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        return _scaled(grad, ctx.sizes, ctx.scales), None, None, None
+        return _scaled(grad, ctx.sizes, ctx.scales), None, None
 
 
-def _scaled(x: torch.Tensor, sizes: Sequence[int], scales: Sequence[float], batch_first: bool = False) -> torch.Tensor:
-    if x.dim() == 3 and _has_kernels(x):
-        from falcon_bridge.ops.elementwise_kernels import scale_columns
-
-        return scale_columns(x, sizes, scales, batch_first)
-    shape = (x.shape[1], x.shape[0], *x.shape[2:]) if batch_first else x.shape
-    out = torch.empty(shape, dtype=x.dtype, device=x.device)
-    out = out.transpose(0, 1) if batch_first else out
+def _scaled(x: torch.Tensor, sizes: Sequence[int], scales: Sequence[float]) -> torch.Tensor:
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for source, target, scale in zip(x.split(sizes, -1), out.split(sizes, -1), scales, strict=True):
         torch.mul(source, scale, out=target)
     return out
 
 
-def scale_segments(
-    x: torch.Tensor, sizes: Sequence[int], scales: Sequence[float], *, batch_first: bool = False
-) -> torch.Tensor:
+def scale_segments(x: torch.Tensor, sizes: Sequence[int], scales: Sequence[float]) -> torch.Tensor:
     """Multiply each segment of the last dimension by its own scale.
 
     Args:
         x: `[..., sum(sizes)]`, any floating dtype.
         sizes: Widths of the segments.
         scales: One factor a segment.
-        batch_first: Lay the result of an x `[s, b, d]` out as a contiguous `[b, s, d]`, for what reads it so next.
 
     Returns:
-        A new tensor of x's shape and dtype, contiguous or with `batch_first` a transposed view; x itself where every
-        scale is 1 and the layout is right.
+        A new contiguous tensor of x's shape and dtype; x itself where every scale is 1.
     """
     if sum(sizes) != x.shape[-1] or len(sizes) != len(scales):
         raise ValueError(f"segments of {list(sizes)} with {len(scales)} scales do not make up {x.shape[-1]} columns")
-    if all(scale == 1.0 for scale in scales) and not (batch_first and not x.transpose(0, 1).is_contiguous()):
+    if all(scale == 1.0 for scale in scales):
         return x
-    return _ScaleSegments.apply(x, tuple(sizes), tuple(scales), batch_first)
+    return _ScaleSegments.apply(x, tuple(sizes), tuple(scales))
 
 
 def _has_kernels(x: torch.Tensor) -> bool:
@@ -114,3 +103,41 @@ def scaled_swiglu(x: torch.Tensor, gate_scale: float = 1.0, out_scale: float = 1
         `[..., f]` in x's dtype.
     """
     return _ScaledSwiGLU.apply(x, gate_scale, out_scale)
+
+
+class _ResidualSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, residual: torch.Tensor, *terms: torch.Tensor) -> torch.Tensor:
+        ctx.dtypes = [term.dtype for term in terms]
+        if len(terms) == 2 and _has_kernels(residual):
+            from falcon_bridge.ops.elementwise_kernels import residual_sum
+
+            return residual_sum(residual, *terms)
+        wide = _compute_dtype(residual)
+        return sum((term.to(wide) for term in terms), residual.to(wide)).to(residual.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        return grad, *[grad.to(dtype) for dtype in ctx.dtypes]
+
+
+def residual_sum(residual: torch.Tensor, *terms: torch.Tensor) -> torch.Tensor:
+    """`residual + term + …`, added in fp32 and rounded once, to the residual's dtype.
+
+    Args:
+        residual: `[..., h]`; fp32 with `fp32_residual_connection`.
+        *terms: One or two tensors of its shape.
+
+    Returns:
+        A new tensor of the residual's shape and dtype.
+    """
+    if len(terms) == 1 and terms[0].dtype == residual.dtype:
+        return residual + terms[0]
+    return _ResidualSum.apply(residual, *terms)
+
+
+@cache
+def column_factors(sizes: tuple[int, ...], scales: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """The scale of each column of segments, fp32 `[sum(sizes)]`; made once, since copying it to a GPU waits for it."""
+    repeated = torch.tensor(scales, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))
+    return repeated.float().to(device)

@@ -1,7 +1,5 @@
 """Triton kernels of `elementwise`: each piece is one read and one write, computed in fp32."""
 
-from collections.abc import Sequence
-from functools import cache
 
 import torch
 import triton
@@ -12,15 +10,13 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _scale_columns_kernel(x_ptr, scales_ptr, out_ptr, D, B, x_s, x_b, out_s, out_b, BLOCK: tl.constexpr):
-    """``out[s, b, d] = x[s, b, d] · scales[d]`` with any strides but 1 over d; a row (s, b) and a block a program."""
-    row = tl.program_id(0).to(tl.int64)
-    s, b = row // B, row % B
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = columns < D
-    x = tl.load(x_ptr + s * x_s + b * x_b + columns, mask=mask).to(tl.float32)
-    out = x * tl.load(scales_ptr + columns, mask=mask)
-    tl.store(out_ptr + s * out_s + b * out_b + columns, out.to(out_ptr.dtype.element_ty), mask=mask)
+def _residual_sum_kernel(residual_ptr, first_ptr, second_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < N
+    out = tl.load(residual_ptr + offsets, mask=mask).to(tl.float32)
+    out += tl.load(first_ptr + offsets, mask=mask).to(tl.float32)
+    out += tl.load(second_ptr + offsets, mask=mask).to(tl.float32)
+    tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -50,27 +46,11 @@ def _swiglu_backward_kernel(grad_ptr, x_ptr, grad_x_ptr, F, gate_scale, out_scal
     tl.store(grad_x_ptr + row * 2 * F + F + columns, (grad * silu).to(dtype), mask=mask)
 
 
-def scale_columns(x: torch.Tensor, sizes: Sequence[int], scales: Sequence[float], batch_first: bool) -> torch.Tensor:
-    """Multiply segments of x `[s, b, d]` by their scales.
-
-    Args:
-        x: `[s, b, d]`, any strides.
-        sizes: Widths of the segments, d in sum.
-        scales: One factor a segment.
-        batch_first: Lay the result out as a contiguous `[b, s, d]`.
-
-    Returns:
-        `[s, b, d]` in x's dtype: contiguous, or a transposed view with `batch_first`.
-    """
-    s, b, d = x.shape
-    if x.stride(2) != 1:
-        x = x.contiguous()
-    out = torch.empty((b, s, d) if batch_first else (s, b, d), dtype=x.dtype, device=x.device)
-    out = out.transpose(0, 1) if batch_first else out
-    factors = _factors(tuple(sizes), tuple(scales), x.device)
-    _scale_columns_kernel[(s * b, triton.cdiv(d, _BLOCK))](
-        x, factors, out, d, b, x.stride(0), x.stride(1), out.stride(0), out.stride(1), BLOCK=_BLOCK
-    )
+def residual_sum(residual: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """``residual + first + second``, all of one shape, in the residual's dtype."""
+    residual, first, second = residual.contiguous(), first.contiguous(), second.contiguous()
+    out = torch.empty_like(residual)
+    _residual_sum_kernel[(triton.cdiv(out.numel(), _BLOCK),)](residual, first, second, out, out.numel(), BLOCK=_BLOCK)
     return out
 
 
@@ -96,10 +76,3 @@ def swiglu_backward(grad: torch.Tensor, x: torch.Tensor, gate_scale: float, out_
 def _grid(y: torch.Tensor) -> tuple[int, int]:
     f = y.shape[-1]
     return y.numel() // f, triton.cdiv(f, _BLOCK)
-
-
-@cache
-def _factors(sizes: tuple[int, ...], scales: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """The scale of each column, fp32 `[d]`; made once, since copying it to the device waits for it."""
-    repeated = torch.tensor(scales, dtype=torch.float64).repeat_interleave(torch.tensor(sizes))
-    return repeated.float().to(device)

@@ -3,13 +3,10 @@
 import pytest
 import torch
 
-from falcon_bridge.ops.elementwise import scale_segments, scaled_swiglu
+from falcon_bridge.ops.elementwise import residual_sum, scaled_swiglu
 
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
-
-SIZES, SCALES = (1536, 1536, 128, 128, 24), (0.35, 0.25, 0.18, 0.5, 0.35)
-
 
 def value_and_gradient(function, x, grad):
     x = x.detach().requires_grad_()
@@ -18,13 +15,13 @@ def value_and_gradient(function, x, grad):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_scaled_segments_round_once(dtype, batch_first):
-    x, grad = (torch.randn(129, 3, sum(SIZES), device="cuda", dtype=dtype) for _ in range(2))
-    factors = torch.tensor(SCALES, dtype=torch.float32).repeat_interleave(torch.tensor(SIZES)).cuda()
-    y, dx = value_and_gradient(lambda x: scale_segments(x, SIZES, SCALES, batch_first=batch_first), x, grad)
-    assert torch.equal(y, (x.float() * factors).to(dtype)) and torch.equal(dx, (grad.float() * factors).to(dtype))
-    assert (y.transpose(0, 1) if batch_first else y).is_contiguous()
+def test_residual_and_two_terms_round_once(dtype):
+    residual = torch.randn(129, 3, 1025, device="cuda", dtype=dtype)
+    first, second = (torch.randn_like(residual, dtype=torch.bfloat16).requires_grad_() for _ in range(2))
+    out = residual_sum(residual.requires_grad_(), first, second)
+    assert torch.equal(out, (residual.float() + first.float() + second.float()).to(dtype))
+    out.backward(residual.detach())
+    assert torch.equal(first.grad, residual.detach().bfloat16()) and torch.equal(residual.grad, residual.detach())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -113,7 +113,8 @@ def test_wheel_holds_the_package_and_the_recipes(tmp_path):
 
     recipes = {f"falcon_bridge/recipes/{path.name}" for path in (ROOT / "recipes").glob("*.py")}
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "falcon_bridge").rglob("*.py")}
-    assert recipes | modules | {"falcon_bridge/py.typed"} <= names
+    tables = {str(path.relative_to(ROOT)) for path in (ROOT / "falcon_bridge").rglob("ops/tuning/*.json")}
+    assert tables and recipes | modules | tables | {"falcon_bridge/py.typed"} <= names
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"falcon_bridge"}
 
 

@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -11,6 +10,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from falcon_bridge.models.falcon_h1.layer_specs import backend_for
+from falcon_bridge.models.residual import get_residual_add
 
 
 def falcon_edge_layer_spec(config) -> ModuleSpec:
@@ -35,14 +35,14 @@ def falcon_edge_layer_spec(config) -> ModuleSpec:
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=backend.norm,
+            input_layernorm=backend.residual_norm,
             self_attention=ModuleSpec(
                 module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
-            self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=backend.norm,
+            self_attn_bda=get_residual_add,
+            pre_mlp_layernorm=backend.residual_norm,
             mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=get_residual_add,
         ),
     )
 

@@ -6,12 +6,16 @@ from typing import Literal
 import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 
-from falcon_bridge.models.build import build_model, settle_execution
+from falcon_bridge.models.build import (
+    build_model,
+    default_transformer_impl,
+    runs_transformer_engine,
+    settle_execution,
+)
 from falcon_bridge.models.falcon_edge.flops import falcon_edge_flops
 from falcon_bridge.models.falcon_edge.layer_specs import falcon_edge_block_spec
 from falcon_bridge.models.falcon_edge.model import FalconEdgeModel
 from falcon_bridge.models.falcon_edge.validation import check_supported
-from falcon_bridge.models.falcon_h1.provider import default_transformer_impl
 
 
 @dataclass
@@ -25,6 +29,7 @@ class FalconEdgeModelProvider(GPTModelProvider):
         bitnet_warmup_steps: Training steps over which a dense model becomes a ternary one
             (`bitnet.callbacks.QuantizationWarmup`).
         bitnet_gradient_accumulation_fusion: As in `FalconH1ModelProvider`.
+        fuse_linear_cross_entropy: As in `FalconH1ModelProvider`.
         max_position_embeddings: Context that the model claims in its Hugging Face config; `seq_length` where None.
             Training at another `seq_length` does not change it.
         bos_token_id, eos_token_id, pad_token_id: For the exported Hugging Face config.
@@ -45,6 +50,8 @@ class FalconEdgeModelProvider(GPTModelProvider):
     should_pad_vocab: bool = True
     transformer_impl: str = field(default_factory=default_transformer_impl)
     transformer_layer_spec: object = falcon_edge_block_spec
+    apply_rope_fusion: bool = field(default_factory=runs_transformer_engine)
+    fused_residual_rmsnorm: bool = field(default_factory=runs_transformer_engine)
     bias_dropout_fusion: bool = True
     bias_activation_fusion: bool = True
 
@@ -53,6 +60,7 @@ class FalconEdgeModelProvider(GPTModelProvider):
     bitnet_warmup_steps: int = 0
     bitnet_gradient_accumulation_fusion: bool = True
 
+    fuse_linear_cross_entropy: bool = True
     max_position_embeddings: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 11

@@ -15,10 +15,16 @@ from torch import Tensor
 class FalconH1SelfAttention(SelfAttention):
     """Grouped-query attention with NeoX RoPE, without biases or q/k norms.
 
-    The µP multipliers cost nothing here: `key_multiplier` and the square of `attention_in_multiplier` are part of the
-    softmax scale (RoPE commutes with both), and the `attention_in_multiplier` of the values rides with
-    `attention_out_multiplier` on the branch's output. The provider sets the first, the mixer the second.
+    The µP multipliers cost next to nothing: `key_multiplier` and the square of `attention_in_multiplier` are part of
+    the softmax scale (RoPE commutes with both; the provider sets it), and the `attention_in_multiplier` of the values
+    and `attention_out_multiplier`, with which attention and `linear_proj` commute, scale the values' few channels.
     """
+
+    def get_query_key_value_tensors(self, *args, **kwargs):
+        """Queries, keys and values as Megatron splits them, the values scaled."""
+        query, key, value, *rest = super().get_query_key_value_tensors(*args, **kwargs)
+        scale = self.config.attention_in_multiplier * self.config.attention_out_multiplier
+        return query, key, value if scale == 1.0 else value * scale, *rest
 
 
 class TorchDotProductAttention(MegatronModule):

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.ssm.mamba_mixer import MambaMixerSubmodules
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -25,6 +24,7 @@ from falcon_bridge.models.falcon_h1.mlp import FalconH1MLP
 from falcon_bridge.models.falcon_h1.norm import RMSNorm
 from falcon_bridge.models.falcon_h1.pattern import ATTENTION, MAMBA, MLP, PARALLEL
 from falcon_bridge.models.falcon_h1.ssm import FalconH1MambaMixer
+from falcon_bridge.models.residual import get_residual_add
 
 
 class FalconH1Layer(TransformerLayer):
@@ -45,6 +45,8 @@ class Backend:
         qkv_linear: Column-parallel, for the fused q, k and v.
         gate_up_linear: Column-parallel, for the fused gate and up.
         norm: RMSNorm.
+        residual_norm: RMSNorm of what also goes on as the residual; may give both, so that their gradients add up in
+            its backward kernel.
         core_attention: Attention of q, k and v.
     """
 
@@ -52,7 +54,8 @@ class Backend:
     row_parallel_linear: Callable
     qkv_linear: Callable
     gate_up_linear: Callable
-    norm: type
+    norm: Callable
+    residual_norm: Callable
     core_attention: type
 
 
@@ -66,12 +69,15 @@ def backend_for(config) -> Backend:
         ValueError: If the implementation is not one of "transformer_engine" and "local".
     """
     if config.transformer_impl == "local":
-        blocks, norm, core_attention = LocalSpecProvider(), RMSNorm, TorchDotProductAttention
+        blocks, core_attention = LocalSpecProvider(), TorchDotProductAttention
+        norm = residual_norm = RMSNorm
     elif config.transformer_impl == "transformer_engine":
         from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
 
         blocks = TESpecProvider()
         norm, core_attention = blocks.layer_norm(), blocks.core_attention()
+        # takes effect with fused_residual_rmsnorm
+        residual_norm = blocks.layer_norm(has_residual=True)
     else:
         raise ValueError(
             f"transformer_impl={config.transformer_impl!r} is not supported: use 'transformer_engine' or 'local'"
@@ -82,7 +88,7 @@ def backend_for(config) -> Backend:
     else:
         column, row = blocks.column_parallel_linear(), blocks.row_parallel_linear()
         qkv = gate_up = column
-    return Backend(column, row, qkv, gate_up, norm, core_attention)
+    return Backend(column, row, qkv, gate_up, norm, residual_norm, core_attention)
 
 
 def falcon_h1_layer_spec(config, symbol: str = PARALLEL) -> ModuleSpec:
@@ -102,16 +108,16 @@ def falcon_h1_layer_spec(config, symbol: str = PARALLEL) -> ModuleSpec:
         mamba_mixer=_mamba_mixer(backend) if _has_mamba(config, symbol) else None,
     )
     if symbol != MLP:
-        submodules.input_layernorm = backend.norm
+        submodules.input_layernorm = backend.residual_norm
         submodules.self_attention = ModuleSpec(module=FalconH1Mixer, submodules=branches)
-        submodules.self_attn_bda = get_bias_dropout_add
+        submodules.self_attn_bda = get_residual_add
     if symbol in (PARALLEL, MLP):
-        submodules.pre_mlp_layernorm = backend.norm
+        submodules.pre_mlp_layernorm = backend.residual_norm
         submodules.mlp = partial(
             FalconH1MLP.as_mlp_submodule,
             submodules=MLPSubmodules(linear_fc1=backend.gate_up_linear, linear_fc2=backend.row_parallel_linear),
         )
-        submodules.mlp_bda = get_bias_dropout_add
+        submodules.mlp_bda = get_residual_add
     return ModuleSpec(module=FalconH1Layer, submodules=submodules)
 
 

@@ -22,8 +22,10 @@ class FalconH1MixerSubmodules:
 class FalconH1Mixer(MegatronModule):
     """`attention(x)·a + ssm(x)·b`, in the slot where `TransformerLayer` expects its self-attention.
 
-    Megatron's GatedDeltaNet is the precedent for another mixer in that slot. Either branch may be absent. With
-    `recompute_mixer` only its input is kept for the backward pass, which runs both branches again.
+    Megatron's GatedDeltaNet is the precedent for another mixer in that slot. Either branch may be absent. Each branch
+    scales its own output. Where there are both, the SSM's goes where `TransformerLayer` expects a bias, and
+    `models.residual` sums the two and the residual in one kernel. With `recompute_mixer` only the mixer's input is
+    kept for the backward pass, which runs both branches again.
 
     Args:
         config: A `FalconH1ModelProvider`.
@@ -76,8 +78,8 @@ class FalconH1Mixer(MegatronModule):
         inference_context=None,
         packed_seq_params=None,
         **attention_kwargs,
-    ) -> tuple[Tensor, None]:
-        """Mix `[s, b, h]` (`[s/tp, b, h]` under sequence parallelism) into the same shape, without bias.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix `[s, b, h]` (`[s/tp, b, h]` under sequence parallelism) into one or two terms of the same shape.
 
         Args:
             hidden_states: Normed input of both branches.
@@ -87,7 +89,7 @@ class FalconH1Mixer(MegatronModule):
             **attention_kwargs: RoPE tensors and what else `TransformerLayer` gives to self-attention.
 
         Returns:
-            The mixed output and None.
+            The attention branch's output and the SSM's, whose sum is the mixer's; with one branch its output and None.
         """
         if inference_context is not None:
             raise ValueError(
@@ -98,26 +100,27 @@ class FalconH1Mixer(MegatronModule):
             self._mix, attention_mask=attention_mask, packed_seq_params=packed_seq_params, **attention_kwargs
         )
         if self.config.recompute_mixer and self.training and torch.is_grad_enabled():
-            return self._recomputed(mix, hidden_states), None
-        return mix(hidden_states), None
+            return self._recomputed(mix, hidden_states)
+        return mix(hidden_states)
 
-    def _mix(self, hidden_states: Tensor, attention_mask, packed_seq_params, **attention_kwargs) -> Tensor:
-        config = self.config
-        out = None
+    def _mix(
+        self, hidden_states: Tensor, attention_mask, packed_seq_params, **attention_kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        outputs = []
+        if self.mamba_mixer is not None:
+            outputs.append(self.mamba_mixer(hidden_states, packed_seq_params=packed_seq_params)[0])
         if self.attention is not None:
-            out, _ = self.attention(
+            attention, _ = self.attention(
                 hidden_states, attention_mask, packed_seq_params=packed_seq_params, **attention_kwargs
             )
-            # the values' share of attention_in_multiplier; that of queries and keys is in the softmax scale
-            scale = config.attention_in_multiplier * config.attention_out_multiplier
-            out = out if scale == 1.0 else out * scale
-        if self.mamba_mixer is not None:
-            ssm, _ = self.mamba_mixer(hidden_states, packed_seq_params=packed_seq_params)
-            scale = config.ssm_out_multiplier
-            out = ssm * scale if out is None else torch.add(out, ssm, alpha=scale)
-        return out
+            # first of the two, and computed last, so that autograd comes to it first: Megatron hangs on the first
+            # output what must be recomputed before either branch's backward pass
+            outputs.insert(0, attention)
+        return outputs[0], outputs[1] if len(outputs) == 2 else None
 
-    def _recomputed(self, mix: Callable[[Tensor], Tensor], hidden_states: Tensor) -> Tensor:
+    def _recomputed(
+        self, mix: Callable[[Tensor], tuple[Tensor, Tensor | None]], hidden_states: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
         if not hidden_states.requires_grad:
             # below the first adapter of a frozen model; a checkpoint without such an input would cut off the branches
             hidden_states = hidden_states.detach().requires_grad_()

@@ -57,14 +57,14 @@ class GroupedRMSNorm(nn.Module):
         self.weight.tensor_model_parallel = True
         self.weight.partition_dim = 0
 
-    def forward(self, y: torch.Tensor) -> torch.Tensor:
-        """Normalise `[..., width/tp]`; computed in fp32 (fp64 for fp64), returned in y's dtype."""
+    def forward(self, y: torch.Tensor, out_scale: float = 1.0) -> torch.Tensor:
+        """Normalise `[..., width/tp]` and scale by weight and `out_scale`; in fp32 (fp64 for fp64), to y's dtype."""
         wide = y.to(torch.promote_types(y.dtype, torch.float32)).unflatten(-1, (self.local_groups, -1))
         square_sum = wide.square().sum(-1, keepdim=True)
         if self.spans_ranks:
             square_sum = self._sum_over_the_ranks_of_a_group(square_sum)
         normed = (wide * torch.rsqrt(square_sum / self.group_width + self.eps)).flatten(-2)
-        return (normed * self.weight).to(y.dtype)
+        return (normed * (self.weight.to(wide.dtype) * out_scale)).to(y.dtype)
 
     def _sum_over_the_ranks_of_a_group(self, square_sum: torch.Tensor) -> torch.Tensor:
         # one slot a group, so that one all-reduce over the whole tensor-parallel group serves all of them

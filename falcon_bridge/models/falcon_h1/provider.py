@@ -1,28 +1,22 @@
 """Provider of Falcon-H1 models: a GPTModelProvider with an SSM branch, µP multipliers and a layer pattern."""
 
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from megatron.bridge.models.gpt_provider import GPTModelProvider
 
-from falcon_bridge.models.build import build_model, settle_execution
+from falcon_bridge.models.build import (
+    build_model,
+    default_transformer_impl,
+    runs_transformer_engine,
+    settle_execution,
+)
 from falcon_bridge.models.falcon_h1.layer_specs import falcon_h1_block_spec
 from falcon_bridge.models.falcon_h1.model import FalconH1Model
 from falcon_bridge.models.falcon_h1.pattern import resolve_pattern
 from falcon_bridge.models.falcon_h1.validation import check_supported
 from falcon_bridge.training.flops import falcon_h1_flops
-
-
-def default_transformer_impl() -> str:
-    """Transformer Engine where it can run, Megatron's local implementation elsewhere."""
-    has_te = find_spec("transformer_engine") is not None
-    return "transformer_engine" if has_te and torch.cuda.is_available() else "local"
-
-
-def _has_fused_rope() -> bool:
-    return default_transformer_impl() == "transformer_engine"
 
 
 @dataclass
@@ -44,6 +38,8 @@ class FalconH1ModelProvider(GPTModelProvider):
             computed, which needs no APEX, unlike `gradient_accumulation_fusion` of the other layers.
         bitnet_warmup_steps: Training steps over which a dense model becomes a ternary one
             (`bitnet.callbacks.QuantizationWarmup`).
+        fuse_linear_cross_entropy: Compute the loss from the hidden states, the logits of a chunk of tokens at a time
+            (`ops.linear_cross_entropy`): no tensor of all logits is held. `cross_entropy_loss_fusion` is moot then.
         max_position_embeddings: Context that the model claims in its Hugging Face config; `seq_length` where None.
             Training at another `seq_length` does not change it.
         bos_token_id, eos_token_id, pad_token_id: For the exported Hugging Face config.
@@ -71,7 +67,8 @@ class FalconH1ModelProvider(GPTModelProvider):
     is_hybrid_model: bool = True
     transformer_impl: str = field(default_factory=default_transformer_impl)
     transformer_layer_spec: object = falcon_h1_block_spec
-    apply_rope_fusion: bool = field(default_factory=_has_fused_rope)
+    apply_rope_fusion: bool = field(default_factory=runs_transformer_engine)
+    fused_residual_rmsnorm: bool = field(default_factory=runs_transformer_engine)
     bias_dropout_fusion: bool = True
     bias_activation_fusion: bool = False
 
@@ -89,6 +86,7 @@ class FalconH1ModelProvider(GPTModelProvider):
     bitnet_warmup_steps: int = 0
     bitnet_gradient_accumulation_fusion: bool = True
 
+    fuse_linear_cross_entropy: bool = True
     max_position_embeddings: int | None = None
     bos_token_id: int | None = 1
     eos_token_id: int | list[int] | None = 11

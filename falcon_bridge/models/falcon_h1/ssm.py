@@ -16,13 +16,14 @@ from falcon_bridge.models.falcon_h1.norm import GroupedRMSNorm
 from falcon_bridge.ops.conv1d import causal_conv1d
 from falcon_bridge.ops.elementwise import scale_segments
 from falcon_bridge.ops.ssd.chunked import ssd_chunked
+from falcon_bridge.ops.ssm_scan import SSMShape, ssm_scan
 
 
 class FalconH1MambaMixer(MambaMixer):
     """`MambaMixer` with what Falcon-H1 adds to Mamba-2.
 
     - µP: `ssm_in_multiplier` and the five `ssm_multipliers` scale z, x, B, C and dt as they leave `in_proj` (dt before
-      its bias is added).
+      its bias is added), `ssm_out_multiplier` what enters `out_proj`, with which it commutes.
     - The gated norm honours `layernorm_epsilon`, normalises over its true group when a group spans tensor-parallel
       ranks, and can be absent (`gated_norm=False`).
     - More tensor-parallel ranks than groups: the parent is built with pseudo-groups, one a rank, whose product with
@@ -99,7 +100,7 @@ class FalconH1MambaMixer(MambaMixer):
             packed_seq_params: Document borders of a packed row; conv and state restart at each.
 
         Returns:
-            Output of hidden_states' shape, before `ssm_out_multiplier`, and no bias.
+            Output of hidden_states' shape, times `ssm_out_multiplier`, and no bias.
 
         Raises:
             ValueError: For packed rows under context parallelism without Transformer Engine.
@@ -110,20 +111,13 @@ class FalconH1MambaMixer(MambaMixer):
                 "context_parallel_size=1, or install falcon-bridge[gpu]"
             )
         zxbcdt, _ = self.in_proj(hidden_states)
-        # conv and scan read the batch first, and the multipliers' pass lays it out so
-        zxbcdt = scale_segments(
-            zxbcdt, self.in_proj.weight.partition_sizes, self._segment_scales(), batch_first=self.cp.cp_size == 1
-        )
         zxbcdt = self.cp.pre_conv_ssm(zxbcdt, packed_seq_params)
         packed_seq_params = _covering_the_row(packed_seq_params, zxbcdt.shape[0])
-        scan = self._ssm_training if self._use_mamba_ssm(zxbcdt) else self._ssm_torch
-        y = scan(zxbcdt, packed_seq_params)
-        if self.config.gated_norm:
-            y = self.norm(y)
-        return self.out_proj(y)
+        scan = self._ssm_fused if self._use_mamba_ssm(zxbcdt) else self._ssm_torch
+        return self.out_proj(scan(zxbcdt, packed_seq_params))
 
-    def _segment_scales(self) -> list[float]:
-        return [self.config.ssm_in_multiplier * multiplier for multiplier in self.config.ssm_multipliers]
+    def _segment_scales(self) -> tuple[float, ...]:
+        return tuple(self.config.ssm_in_multiplier * multiplier for multiplier in self.config.ssm_multipliers)
 
     def _use_mamba_ssm(self, x: Tensor) -> bool:
         backend = self.config.ssm_backend
@@ -136,12 +130,43 @@ class FalconH1MambaMixer(MambaMixer):
             )
         return True
 
+    def _ssm_fused(self, zxbcdt: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor:
+        """`_ssm_torch` by mamba-ssm's kernels and fused gate and norm."""
+        cp, config = self.cp, self.config
+        # groups that span ranks, or that context parallelism gathers behind the scan, are normalised by the module
+        fuse_norm = config.gated_norm and cp.cp_size == 1 and not self.norm.spans_ranks
+        norm_apart = config.gated_norm and not fuse_norm
+        y = ssm_scan(
+            zxbcdt,
+            cp.get_conv1d_weight().squeeze(1),
+            cp.get_conv1d_bias(),
+            cp.get_dt_bias(),
+            cp.get_A_log(),
+            cp.get_D(),
+            self.norm.weight if fuse_norm else None,
+            SSMShape(
+                heads=cp.nheads_local_tpcp,
+                head_dim=self.headdim,
+                groups=cp.ngroups_local_tpcp,
+                d_state=cp.d_state,
+                chunk_size=self.chunk_size,
+                scales=self._segment_scales(),
+                out_scale=1.0 if norm_apart else config.ssm_out_multiplier,
+                norm_width=self.norm.group_width if fuse_norm else None,
+                eps=config.layernorm_epsilon,
+            ),
+            None if packed_seq_params is None else packed_seq_params.seq_idx,
+        )
+        y = cp.post_conv_ssm(y, packed_seq_params)
+        return self.norm(y, config.ssm_out_multiplier) if norm_apart else y
+
     def _ssm_torch(self, zxbcdt: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor:
-        """Conv, scan and gate in pure torch: `[s, b, ·]` to `[s/cp, b, d_ssm/tp]`, fp32 inside."""
+        """Conv, scan, gate and norm in pure torch: `[s, b, ·]` to `[s/cp, b, d_ssm/tp]`, fp32 inside."""
         cp, seq_idx = self.cp, None if packed_seq_params is None else packed_seq_params.seq_idx
         bc = cp.ngroups_local_tpcp * cp.d_state
-        widths = [cp.d_inner_local_tpcp, cp.d_inner_local_tpcp + 2 * bc, cp.nheads_local_tpcp]
-        z, xbc, dt = zxbcdt.transpose(0, 1).split(widths, dim=-1)
+        widths = [cp.d_inner_local_tpcp, cp.d_inner_local_tpcp, bc, bc, cp.nheads_local_tpcp]
+        zxbcdt = scale_segments(zxbcdt, widths, self._segment_scales()).transpose(0, 1)
+        z, xbc, dt = zxbcdt.split([widths[0], sum(widths[1:4]), widths[4]], dim=-1)
         xbc = causal_conv1d(
             xbc, cp.get_conv1d_weight().squeeze(1), cp.get_conv1d_bias(), activation="silu", seq_idx=seq_idx
         )
@@ -157,8 +182,12 @@ class FalconH1MambaMixer(MambaMixer):
             chunk_size=None,
             seq_idx=seq_idx,
         )
-        gated = y.flatten(-2) * F.silu(z)
-        return cp.post_conv_ssm(gated.transpose(0, 1).contiguous(), packed_seq_params)
+        gated = (y.flatten(-2) * F.silu(z)).transpose(0, 1).contiguous()
+        gated = cp.post_conv_ssm(gated, packed_seq_params)
+        out_scale = self.config.ssm_out_multiplier
+        if self.config.gated_norm:
+            return self.norm(gated, out_scale)
+        return gated if out_scale == 1.0 else gated * out_scale
 
 
 def _with_pseudo_groups(config, tp_size: int):

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from falcon_bridge.ops.elementwise import scale_segments, scaled_swiglu
+from falcon_bridge.ops.elementwise import residual_sum, scale_segments, scaled_swiglu
 
 
 SIZES, SCALES = (5, 3, 0, 7, 1), (0.35, -1.6, 3.0, 1.0, 0.01)
@@ -76,13 +76,17 @@ def test_scales_of_one_cost_nothing():
     assert scale_segments(x, SIZES, [1.0] * len(SIZES)) is x
 
 
-@pytest.mark.parametrize("scales", [SCALES, [1.0] * len(SIZES)])
-def test_batch_first_changes_the_layout_only(scales):
-    x, dy = draw(3, 2, 16), draw(3, 2, 16, seed=1)
-    expected = value_and_gradient(lambda x: scale_segments(x, SIZES, scales), x, dy)
-    y, dx = value_and_gradient(lambda x: scale_segments(x, SIZES, scales, batch_first=True), x, dy)
-    assert y.transpose(0, 1).is_contiguous() and dx.is_contiguous()
-    torch.testing.assert_close((y, dx), expected, rtol=0, atol=0)
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_residual_and_its_terms_are_added_in_the_residuals_dtype(terms, dtype):
+    residual = draw(4, 3, 16, dtype=dtype).requires_grad_()
+    added = [draw(4, 3, 16, seed=1 + i, std=10**i, dtype=torch.bfloat16).requires_grad_() for i in range(terms)]
+    out = residual_sum(residual, *added)
+    assert torch.equal(out, sum((term.float() for term in added), residual.float()).to(dtype))
+    grad = draw(4, 3, 16, seed=9, dtype=dtype)
+    out.backward(grad)
+    for tensor in (residual, *added):
+        assert torch.equal(tensor.grad, grad.to(tensor.dtype))
 
 
 @pytest.mark.parametrize("sizes", [(5, 3), (16, 1)])

@@ -7,9 +7,6 @@ from falcon_bridge.ops import elementwise
 from tests.unit.interpreter import interpreted, not_interpreted, run_in_interpreter
 
 
-SIZES, SCALES = (700, 0, 400, 37), (0.35, 2.0, 1.0, 0.1)
-
-
 @not_interpreted
 def test_in_the_interpreter():
     run_in_interpreter(__file__, tests=5)
@@ -23,12 +20,11 @@ def kernels():
 
 
 @interpreted
-@pytest.mark.parametrize("batch_first", [False, True])
-def test_scaled_columns(kernels, batch_first):
-    x = torch.randn(2, 3, sum(SIZES)).transpose(0, 1)
-    out = kernels.scale_columns(x, SIZES, SCALES, batch_first)
-    assert torch.equal(out, elementwise._scaled(x, SIZES, SCALES))
-    assert (out.transpose(0, 1) if batch_first else out).is_contiguous()
+@pytest.mark.parametrize("shape", [(3, 5, 700), (1, 1, 1)])
+def test_residual_and_two_terms(kernels, shape):
+    residual, first = torch.randn(shape), 10 * torch.randn(shape)
+    second = torch.randn(shape[1], shape[0], shape[2]).transpose(0, 1)
+    torch.testing.assert_close(kernels.residual_sum(residual, first, second), residual + first + second)
 
 
 @interpreted

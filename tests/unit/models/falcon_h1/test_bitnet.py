@@ -45,13 +45,14 @@ def test_without_it_all_are_dense(one_rank):
 def test_transformer_engines_attention_and_norms_stay(fields, monkeypatch):
     class TESpecProvider:
         def __getattr__(self, name):
-            return lambda: f"TE's {name}"
+            return lambda **options: f"TE's {name}" + (f" with {options}" if options else "")
 
     stand_in = ModuleType("stand_in")
     stand_in.TESpecProvider = TESpecProvider
     monkeypatch.setitem(sys.modules, "megatron.core.extensions.transformer_engine_spec_provider", stand_in)
     backend = backend_for(SimpleNamespace(transformer_impl="transformer_engine", **fields))
     assert (backend.norm, backend.core_attention) == ("TE's layer_norm", "TE's core_attention")
+    assert backend.residual_norm == "TE's layer_norm with {'has_residual': True}"
     if fields.get("use_bitnet"):
         assert backend.column_parallel_linear is BitNetColumnParallelLinear
         assert backend.row_parallel_linear is BitNetRowParallelLinear

@@ -1,0 +1,200 @@
+"""The SSM branch between its projections on a GPU: convolution, scan, gate and norm as one differentiable function.
+
+mamba-ssm's own entry point (`mamba_split_conv1d_scan_combined`) wants batch-first rows and knows no multipliers. This
+function calls the same kernels on strided views of Megatron's `[s, b, ·]`, so nothing is transposed, and no pass is
+spent on the µP multipliers: those of x, B and C scale the convolution's weights, that of dt its few columns, those of
+z and of the output ride in the gate, which also reads and writes across the two layouts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from falcon_bridge.ops.elementwise import column_factors
+from falcon_bridge.ops.tuning.shipped import use_shipped_tuning
+
+
+@dataclass(frozen=True)
+class SSMShape:
+    """Widths and constants of one call, all of them local to this rank.
+
+    Attributes:
+        heads: SSM heads.
+        head_dim: Channels a head.
+        groups: Groups of B and C.
+        d_state: State size.
+        chunk_size: Chunk of the scan.
+        scales: Multipliers of z, x, B, C and dt.
+        out_scale: Multiplier of the result.
+        norm_width: Channels that the gated norm takes together.
+        eps: Of the gated norm.
+    """
+
+    heads: int
+    head_dim: int
+    groups: int
+    d_state: int
+    chunk_size: int
+    scales: tuple[float, float, float, float, float]
+    out_scale: float = 1.0
+    norm_width: int | None = None
+    eps: float = 1e-5
+
+    @property
+    def inner(self) -> int:
+        """Channels of z, x and the result."""
+        return self.heads * self.head_dim
+
+    @property
+    def segments(self) -> list[int]:
+        """Widths of z, of x, B and C together, and of dt."""
+        return [self.inner, self.inner + 2 * self.groups * self.d_state, self.heads]
+
+
+def ssm_scan(
+    zxbcdt: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor,
+    dt_bias: torch.Tensor,
+    a_log: torch.Tensor,
+    d_skip: torch.Tensor,
+    norm_weight: torch.Tensor | None,
+    shape: SSMShape,
+    seq_idx: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal convolution, SSD scan, gate and (with `norm_weight`) RMSNorm of one Mamba-2 branch.
+
+    Kept for the backward pass: zxbcdt, the scan's output, and a number a token and group of the norm. Convolution and
+    states are computed again there, as in mamba-ssm.
+
+    Args:
+        zxbcdt: What `in_proj` gives, before any multiplier, `[s, b, 2·inner + 2·groups·d_state + heads]`.
+        conv_weight: `[inner + 2·groups·d_state, k]`, k in 2, 3, 4.
+        conv_bias: `[inner + 2·groups·d_state]`.
+        dt_bias: `[heads]`, fp32.
+        a_log: `[heads]`, fp32; the decay is `-exp(a_log)`.
+        d_skip: `[heads]`, fp32.
+        norm_weight: `[inner]`, or None for no norm.
+        shape: Widths and constants.
+        seq_idx: Document of each token, int32 `[b, s]`; convolution and state restart where it changes.
+
+    Returns:
+        `[s, b, inner]`, contiguous, in zxbcdt's dtype.
+
+    Raises:
+        ImportError: Without mamba-ssm and causal-conv1d.
+    """
+    use_shipped_tuning()
+    return _SSMScan.apply(zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, shape, seq_idx)
+
+
+class _SSMScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, shape, seq_idx):
+        from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_fwd
+
+        from falcon_bridge.ops.gated_norm_kernels import gated_norm
+
+        if zxbcdt.stride(2) != 1:
+            zxbcdt = zxbcdt.contiguous()
+        seq_idx = None if seq_idx is None else seq_idx.contiguous()
+        z, xbc, dt = zxbcdt.split(shape.segments, dim=-1)
+        x, b, c = _split(_convolve(xbc, conv_weight, conv_bias, seq_idx, shape), shape)
+        y = _mamba_chunk_scan_combined_fwd(
+            x, *_dt_and_decay(dt, a_log, shape), b, c, shape.chunk_size,
+            D=d_skip, dt_bias=dt_bias, seq_idx=seq_idx, dt_softplus=True,
+        )[0].flatten(2)  # fmt: skip
+        out, rstd = gated_norm(y, z, norm_weight, eps=shape.eps, **_gate(shape))
+        ctx.save_for_backward(zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, seq_idx, y, rstd)
+        ctx.shape = shape
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
+        from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_bwd
+
+        from falcon_bridge.ops.gated_norm_kernels import gated_norm_backward
+
+        zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, seq_idx, y, rstd = ctx.saved_tensors
+        shape = ctx.shape
+        z, xbc, dt = zxbcdt.split(shape.segments, dim=-1)
+        dzxbcdt = torch.empty_like(zxbcdt)
+        dz, dxbc_raw, ddt = dzxbcdt.split(shape.segments, dim=-1)
+        dy, dnorm_weight = gated_norm_backward(grad, y, z, norm_weight, rstd, dz, **_gate(shape))
+
+        x, b, c = _split(_convolve(xbc, conv_weight, conv_bias, seq_idx, shape), shape)
+        dxbc = torch.empty(xbc.shape, dtype=xbc.dtype, device=xbc.device)
+        dx, db, dc = _split(dxbc.transpose(0, 1), shape)
+        heads = (shape.heads, shape.head_dim)
+        scaled_dt, decay = _dt_and_decay(dt, a_log, shape)
+        _, _, ddecay, _, _, dd, _, ddt_bias, _ = _mamba_chunk_scan_combined_bwd(
+            dy.unflatten(2, heads), x, scaled_dt, decay, b, c, y.unflatten(2, heads), shape.chunk_size,
+            D=d_skip, dt_bias=dt_bias, seq_idx=seq_idx, dt_softplus=True,
+            dx=dx, ddt=ddt.transpose(0, 1), dB=db, dC=dc,
+        )  # fmt: skip
+        ddt.mul_(shape.scales[-1])
+        weight, bias = _scaled_conv(conv_weight, conv_bias, shape)
+        target = _channels_first(dxbc_raw)
+        _, dweight, dbias, _ = causal_conv1d_bwd_function(
+            _channels_first(xbc), weight, bias, _channels_first(dxbc), seq_idx, None, None, target, False, True
+        )
+        if target.data_ptr() != dxbc_raw.data_ptr():
+            dxbc_raw.copy_(target.permute(2, 0, 1))
+        dweight = dweight * _conv_factors(shape, dweight.device)
+        return (
+            dzxbcdt,
+            dweight.to(conv_weight.dtype),
+            dbias.to(conv_bias.dtype),
+            ddt_bias.to(dt_bias.dtype),
+            (ddecay * decay).to(a_log.dtype),
+            dd.to(d_skip.dtype),
+            None if norm_weight is None else dnorm_weight.to(norm_weight.dtype),
+            None,
+            None,
+        )
+
+
+def _gate(shape: SSMShape) -> dict:
+    return {"gate_scale": shape.scales[0], "out_scale": shape.out_scale, "group_width": shape.norm_width}
+
+
+def _conv_factors(shape: SSMShape, device: torch.device) -> torch.Tensor:
+    """Multiplier of each channel of x, B and C, fp32 `[c, 1]`."""
+    bc = shape.groups * shape.d_state
+    return column_factors((shape.inner, bc, bc), shape.scales[1:4], device).unsqueeze(1)
+
+
+def _scaled_conv(weight: torch.Tensor, bias: torch.Tensor, shape: SSMShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """The convolution's parameters in fp32, with the multipliers of its input in the weight."""
+    return weight.float() * _conv_factors(shape, weight.device), bias.float()
+
+
+def _convolve(xbc: torch.Tensor, weight, bias, seq_idx, shape: SSMShape) -> torch.Tensor:
+    """``silu(conv(scales · xbc) + bias)``: `[s, b, c]` to `[b, s, c]` in the same order of memory."""
+    from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
+
+    weight, bias = _scaled_conv(weight, bias, shape)
+    return causal_conv1d_fwd_function(_channels_first(xbc), weight, bias, seq_idx, None, None, True).transpose(1, 2)
+
+
+def _channels_first(xbc: torch.Tensor) -> torch.Tensor:
+    """`[s, b, c]` as `[b, c, s]` with the strides and the alignment that causal-conv1d's vector loads need."""
+    if xbc.stride(0) % 8 or xbc.stride(1) % 8 or xbc.data_ptr() % 16:
+        xbc = xbc.contiguous()
+    return xbc.permute(1, 2, 0)
+
+
+def _split(xbc: torch.Tensor, shape: SSMShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`[b, s, c]` into views x `[b, s, heads, head_dim]`, B and C `[b, s, groups, d_state]`."""
+    bc = shape.groups * shape.d_state
+    x, b, c = xbc.split([shape.inner, bc, bc], dim=-1)
+    state = (shape.groups, shape.d_state)
+    return x.unflatten(2, (shape.heads, shape.head_dim)), b.unflatten(2, state), c.unflatten(2, state)
+
+
+def _dt_and_decay(dt: torch.Tensor, a_log: torch.Tensor, shape: SSMShape) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scaled dt `[b, s, heads]` before bias and softplus, and A `[heads]`, fp32."""
+    return (dt * shape.scales[-1]).transpose(0, 1), -torch.exp(a_log.float())
