@@ -93,6 +93,7 @@ def run_ranks(
         )
     context = multiprocessing.get_context("fork" if device == "cpu" else "spawn")
     processes, channels = [], []
+    _drop_cached_groups()
     with tempfile.TemporaryDirectory(prefix="falcon_bridge_ranks_") as store_dir:
         setup = _RankSetup(world_size, device, str(Path(store_dir) / "store"), timeout_seconds)
         try:
@@ -171,6 +172,17 @@ def _rank_main(setup: _RankSetup, rank: int, channel: Any, fn: Callable, args: t
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(1)
+
+
+def _drop_cached_groups() -> None:
+    """Drop process groups that Megatron's cache of rotary embeddings holds, here where their threads are.
+
+    It is an `lru_cache` over the modules, which have a process group each: a forked rank that pushes an inherited
+    entry out of it would destroy that group, whose destructor waits for ever for threads that are not there.
+    """
+    rotary = sys.modules.get("megatron.core.models.common.embeddings.rotary_pos_embedding")
+    if rotary is not None:
+        rotary.RotaryEmbedding.forward.cache_clear()
 
 
 def _keep_inherited_groups() -> None:

@@ -55,6 +55,24 @@ PRIVATE: dict[str, Private] = {
         "megatron.core.ssm.mamba_mixer:HAVE_MAMBA_SSM",
         "MambaMixer.__init__ refuses to run where it is false; true while ours is built (compat/mamba.py)",
     ),
+    "mamba_context_parallel._all_to_all_cp2hp": Private(
+        "megatron.core.ssm.mamba_context_parallel:_all_to_all_cp2hp",
+        "tokens for heads among context-parallel ranks, as in the SSM (models/falcon_h1/head_parallel.py)",
+    ),
+    "mamba_context_parallel._all_to_all_hp2cp": Private(
+        "megatron.core.ssm.mamba_context_parallel:_all_to_all_hp2cp", "the way back"
+    ),
+    "mamba_context_parallel._undo_attention_load_balancing": Private(
+        "megatron.core.ssm.mamba_context_parallel:_undo_attention_load_balancing",
+        "puts the parts of rows in order (models/falcon_h1/head_parallel.py)",
+    ),
+    "mamba_context_parallel._redo_attention_load_balancing": Private(
+        "megatron.core.ssm.mamba_context_parallel:_redo_attention_load_balancing", "the way back"
+    ),
+    "gpt_step._partition_packed_batch_for_cp": Private(
+        "megatron.bridge.training.gpt_step:_partition_packed_batch_for_cp",
+        "cuts packed rows document by document; replaced where rows are cut whole (training/context_parallel.py)",
+    ),
     "_mamba_chunk_scan_combined_fwd": Private(
         "mamba_ssm.ops.triton.ssd_combined:_mamba_chunk_scan_combined_fwd", "the scan on GPU (ops/ssm_scan.py)"
     ),
@@ -73,6 +91,17 @@ PRIVATE: dict[str, Private] = {
         "asked once a call, and holds each key's configuration; replaced by shipped choices (ops/tuning)",
         mentions="not in self.cache",
     ),
+    "triton.native_specialize_impl": Private(
+        "triton.runtime.jit:native_specialize_impl", "ops/launch.py finds compiled kernels by what it returns"
+    ),
+    "triton.CompiledKernel.packed_metadata": Private(
+        "triton.runtime.jit:JITFunction.run", "ops/launch.py hands it to the C launcher", mentions="packed_metadata"
+    ),
+    "triton.CudaLauncher.launch": Private(
+        "triton.backends.nvidia.driver:CudaLauncher.__call__",
+        "ops/launch.py calls Triton's C launcher as this does",
+        mentions="launch_pdl",
+    ),
     "ColumnParallelLinear._forward_impl": Private(
         "megatron.core.tensor_parallel.layers:ColumnParallelLinear.forward",
         "BitNetColumnParallelLinear overrides it",
@@ -85,7 +114,7 @@ PRIVATE: dict[str, Private] = {
     ),
     "grad_added_to_main_grad": Private(
         "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel._make_backward_post_hook",
-        "BitNet linears set it once they have added to main_grad",
+        "BitNet linears and the fused loss set it once they have added to main_grad",
         mentions="grad_added_to_main_grad",
     ),
     "get_dummy_wgrad": Private(
@@ -100,13 +129,23 @@ PRIVATE: dict[str, Private] = {
     ),
     "GPTModel._postprocess": Private(
         "megatron.core.models.gpt.gpt_model:GPTModel.forward",
-        "FalconH1Model overrides it to scale the hidden state before the head",
+        "FalconH1Model overrides it to scale the hidden state before the head, CausalLM for the loss without logits",
         mentions="_postprocess",
     ),
     "GPTModel._scale_logits": Private(
         "megatron.core.models.gpt.gpt_model:GPTModel._postprocess",
-        "FalconH1Model overrides it to mask the columns that pad the vocabulary",
+        "CausalLM overrides it to mask the columns that pad the vocabulary",
         mentions="_scale_logits",
+    ),
+    "GPTModel.output_processor": Private(
+        "megatron.core.models.gpt.gpt_model:GPTModel._postprocess",
+        "CausalLM computes the loss from the hidden states in it (models/causal_lm.py)",
+        mentions="output_processor",
+    ),
+    "zero_out_wgrad": Private(
+        "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
+        "tells the fused loss that a tied embedding adds a gradient of its own",
+        mentions="zero_out_wgrad",
     ),
     "MambaContextParallel._slice_conv_param": Private(
         "megatron.core.ssm.mamba_context_parallel:MambaContextParallel.get_conv1d_weight",
@@ -130,6 +169,11 @@ PRIVATE: dict[str, Private] = {
     "MegatronOptimizer._extract_common_per_param_step": Private(
         "megatron.core.optimizer.optimizer:MegatronOptimizer._extract_common_per_param_step",
         "the step count that a checkpoint of a bf16 model keeps (compat/optimizer.py)",
+    ),
+    "RotaryEmbedding.forward": Private(
+        "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding.forward",
+        "its cache holds process groups; emptied before ranks are forked (ranks.py)",
+        mentions="lru_cache",
     ),
     "_pg_collection": Private(
         "megatron.bridge.models.model_provider:ModelProviderMixin.provide_distributed_model",
@@ -158,6 +202,29 @@ PRIVATE: dict[str, Private] = {
     "train_utils.report_theoretical_memory": Private(
         "megatron.bridge.training.utils.train_utils:report_theoretical_memory",
         "prints a GPT's memory and divides by the attention heads, which may be 0; silenced while we train",
+    ),
+    "gpt_step.get_packed_seq_params": Private(
+        "megatron.bridge.training.gpt_step:_forward_step_common",
+        "replaced: ours numbers documents without waiting for the device (training/static_documents.py)",
+        mentions="get_packed_seq_params",
+    ),
+    "gpt_step.accumulate_flops_metadata": Private(
+        "megatron.bridge.training.gpt_step:_forward_step_common",
+        "replaced: counts whole rows and their documents under context parallelism (training/context_parallel.py)",
+        mentions="accumulate_flops_metadata",
+    ),
+    "FullCudaGraphWrapper.cuda_graph": Private(
+        "megatron.core.full_cuda_graph:FullCudaGraphWrapper.cuda_graph",
+        "its graphs of the whole process are dropped before and after a training (training/cuda_graph.py)",
+    ),
+    "_flops_seqlen_sq_sum": Private(
+        "megatron.bridge.training.utils.flop_utils:accumulate_flops_metadata",
+        "restored after replays, which count nothing in Python (training/cuda_graph.py)",
+        mentions="_flops_seqlen_sq_sum",
+    ),
+    "reset_param_sync_dispatch_state": Private(
+        "megatron.core.distributed.distributed_data_parallel:DistributedDataParallel.reset_param_sync_dispatch_state",
+        "called so that a captured step gathers parameters (training/cuda_graph.py)",
     ),
     "optim._get_scheduler": Private(
         "megatron.bridge.training.optim:setup_optimizer",

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from falcon_bridge.compat import cpu_runtime
 from falcon_bridge.errors import JobError, UserError, one_line
 from falcon_bridge.ranks import emit, run_ranks
 
@@ -121,3 +122,20 @@ def test_one_line(message, line):
 def test_bad_world_size():
     with pytest.raises(UserError, match="at least 1"):
         run_ranks(_sum, 0, 1.0)
+
+
+def cached_embeddings():
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    return RotaryEmbedding.forward.cache_info().currsize
+
+
+def test_no_process_group_is_inherited_through_megatrons_cache():
+    """Forty models were run here: a rank's first one would push one of theirs out, and wait for ever."""
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+    with cpu_runtime():
+        for _ in range(40):
+            RotaryEmbedding(kv_channels=8, rotary_percent=1.0, use_cpu_initialization=True)(4)
+    assert cached_embeddings() == 32
+    assert run_ranks(cached_embeddings, 2, device="cpu") == [0, 0]
