@@ -5,6 +5,9 @@ Each side is a layer with bf16 weights, fed bf16 tokens: `torch.nn.Linear`, oneb
 cached, as in every micro-batch but the first, and quantising each time, as with a single micro-batch a step. Before
 anything is timed, ours is compared with the oracle: outputs bit for bit, gradients within bf16's rounding.
 
+Eager times include the host's, which rules over small layers. The last columns are forward and backward replayed from
+a CUDA graph: the device's time alone.
+
     python benchmarks/bitnet_linear.py
 """
 
@@ -20,7 +23,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer import TransformerConfig
 
 from falcon_bridge.bitnet import BitNetColumnParallelLinear
+from falcon_bridge.bitnet.backends import choose_backend
 from falcon_bridge.bitnet.codes import invalidate
+from falcon_bridge.bitnet.function import ternary_linear
 from falcon_bridge.bitnet.reference import bitlinear
 
 
@@ -59,12 +64,45 @@ class Timed:
         self.layer(self.x).backward(self.grad)
         self.x.grad = self.layer.weight.grad = None
 
-    def figures(self) -> dict[str, float]:
+    def figures(self, captured=None) -> dict[str, float | None]:
+        """Times; in a graph those of `captured`, which by default is the layer."""
         return {
             "forward_ms": milliseconds(self.forward),
             "both_ms": milliseconds(self.both),
+            "graph_ms": self.graph_ms(captured or self.layer),
             "saved_bytes": self.saved_bytes(),
         }
+
+    def graph_ms(self, layer) -> float | None:
+        """Forward and backward in a CUDA graph; None where something in them waits for the device."""
+
+        def both() -> tuple[torch.Tensor, ...]:
+            self.before()
+            y = layer(self.x)
+            return torch.autograd.grad(y, (self.x, self.layer.weight), self.grad)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            both()
+            # a capture that fails would take the process with it
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                both()
+            except RuntimeError as error:
+                if "synchronizing" not in str(error):
+                    raise
+                return None
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            gradients = both()
+        time = milliseconds(graph.replay)
+        del gradients
+        invalidate()  # the codes are the graph's
+        return time
 
     def saved_bytes(self) -> int:
         """Bytes that the layer keeps for the backward pass beside its parameters and what belongs to all calls."""
@@ -100,6 +138,11 @@ class Ours(torch.nn.Module):
     def codes(self) -> tuple[torch.Tensor, ...]:
         return self.linear.weight_codes()
 
+    def with_codes_of_now(self):
+        """The layer as a micro-batch finds it whose codes are there: a capture would make its own."""
+        codes, backend = self.linear.weight_codes(), choose_backend("auto", "cuda")
+        return lambda x: ternary_linear(x, self.weight, codes, backend)
+
 
 def check(ours: Ours, x: torch.Tensor, grad: torch.Tensor) -> None:
     """Compare with the oracle on the first tokens."""
@@ -131,7 +174,7 @@ def run(name: str, config: TransformerConfig) -> dict:
     if onebitllms := onebitllms_layer(dense):
         # its kernels take [b, s, h] only
         figures["onebitllms"] = Timed(onebitllms, x.detach()[None].requires_grad_(), grad[None]).figures()
-    figures["fused, codes cached"] = Timed(ours, x, grad).figures()
+    figures["fused, codes cached"] = Timed(ours, x, grad).figures(ours.with_codes_of_now())
     figures["fused, quantising"] = Timed(ours, x, grad, before=invalidate).figures()
     return {"shape": name, "tokens": m, "in": k, "out": n, **figures}
 
@@ -154,6 +197,10 @@ def row(result: dict) -> str:
         ratio = figures and figures["both_ms"] / base["both_ms"]
         cells.append("–" if not figures else f"{figures['forward_ms']:.3f} / {figures['both_ms']:.3f} ({ratio:.2f}×)")
     cells.append(f"{result['fused, codes cached']['saved_bytes'] / base['saved_bytes']:.3f}×")
+    for side in ("bf16", "onebitllms", "fused, codes cached", "fused, quantising"):
+        time = result.get(side, {}).get("graph_ms")
+        ratio = "" if side == "bf16" or not time else f" ({time / base['graph_ms']:.2f}×)"
+        cells.append(f"{time:.3f}{ratio}" if time else "–")
     return f"| {' | '.join(cells)} |"
 
 
@@ -171,8 +218,10 @@ def main() -> None:
             num_layers=1, hidden_size=128, num_attention_heads=1, params_dtype=torch.bfloat16, bf16=True
         )
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}; ms")
-        print("| shape | bf16 fwd / f+b | onebitllms | fused, codes cached | fused, quantising | saved activations |")
-        print("|---|---|---|---|---|---|")
+        eager = "bf16 fwd / f+b | onebitllms | fused, codes cached | fused, quantising"
+        captured = "bf16 f+b | onebitllms | cached | quantising"
+        print(f"| shape | {eager} | saved activations | in a graph: {captured} |")
+        print("|---" * 10 + "|")
         results = []
         for name in arguments.shape or SHAPES:
             results.append(run(name, config))

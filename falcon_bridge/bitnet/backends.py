@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from falcon_bridge.bitnet import reference
-from falcon_bridge.bitnet.scales import abs_row_sums
+from falcon_bridge.bitnet.scales import abs_row_sums, scales_from, sum_by_segment
 from falcon_bridge.errors import suggestion
 
 
@@ -23,6 +23,9 @@ class Backend(Protocol):
 
     Scales multiply: codes stand for ``codes / scale``. A NaN or infinite value makes its scale NaN. Shapes: m tokens,
     k input and n output features of this rank; `row_scales` is fp32 `[n]`, or `[1]` where one scale stands for all.
+
+    A backend may also have a method ``quantize_weight_by_mean(W, counts, row_segments, group)`` that does what the
+    function of that name does with the others, in fewer passes.
     """
 
     name: str
@@ -125,6 +128,36 @@ class ReferenceBackend:
             return grad_weight.to(dtype)
         main_grad.add_(grad_weight)
         return None
+
+
+def quantize_weight_by_mean(
+    backend: Backend,
+    W: torch.Tensor,
+    counts: torch.Tensor,
+    row_segments: torch.Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of a weight by the means of the Hugging Face matrices in it, by the backend's own method if it has one.
+
+    Args:
+        backend: What quantises.
+        W: `[n, k]`, a weight or this rank's shard of one.
+        counts: fp64 `[num_segments]` on W's device, elements of each whole matrix.
+        row_segments: Integers `[n]` on W's device, the matrix of each row; None where there is one matrix.
+        group: Ranks that hold the other shards, over which this is collective; None if there are none.
+
+    Returns:
+        Codes `[n, k]`, and fp32 scales of the rows `[n]`, or `[1]` where `row_segments` is None.
+    """
+    own = getattr(backend, "quantize_weight_by_mean", None)
+    if own is not None:
+        return own(W, counts, row_segments, group)
+    sums = sum_by_segment(backend.abs_row_sums(W), row_segments, counts.numel())
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    scales = scales_from(sums, counts)
+    row_scales = scales if row_segments is None else scales[row_segments]
+    return backend.quantize_weight(W, row_scales), row_scales
 
 
 def check_choice(choice: str) -> None:

@@ -6,16 +6,21 @@ parameters, also where that overlaps with the forward pass: it waits for them in
 A tensor's version cannot tell whether a weight is still the one that was quantised, since optimizers and gathers write
 into buffers that parameters are views of. So there is also a count of the events that change weights, for the whole
 process: every step of any torch optimizer, loading a state dict, and `invalidate`.
+
+What a CUDA graph captures runs again without any of this. Codes therefore belong to the capture that they were made
+in: each capture makes its own in the first forward pass that needs them, so that every replay does, and shares them
+among its micro-batches; what runs outside of it uses none of them.
 """
 
+import ctypes
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from falcon_bridge.bitnet.backends import Backend
-from falcon_bridge.bitnet.scales import scales_from, sum_by_segment
+from falcon_bridge.bitnet.backends import Backend, quantize_weight_by_mean
 from falcon_bridge.bitnet.segments import check_row_segments
 
 
@@ -35,6 +40,31 @@ def invalidate(*_: object) -> None:
 
 
 register_optimizer_step_post_hook(invalidate)
+
+
+def capture_id(device: torch.device) -> int:
+    """The driver's number for the CUDA graph capture that the current stream is part of; 0 outside of any.
+
+    Args:
+        device: Where the work goes; there are no captures on a CPU.
+
+    Raises:
+        RuntimeError: The driver does not tell.
+    """
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        return 0
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    # torch tells that there is a capture, not which
+    error = _driver().cuStreamGetCaptureInfo_v2(stream, ctypes.byref(status), ctypes.byref(number), None, None, None)
+    if error:
+        raise RuntimeError(f"cuStreamGetCaptureInfo failed with CUDA error {error}")
+    return number.value
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
 
 
 class WeightCodes(NamedTuple):
@@ -77,7 +107,7 @@ class CodesCache:
 
         Collective over the tensor-parallel group, with one small all-reduce where it quantises.
         """
-        key = (_generation, weight._version, weight.data_ptr(), backend)
+        key = (_generation, weight._version, weight.data_ptr(), backend, capture_id(weight.device))
         if self._codes is None or key != self._key:
             # whatever backward passes still need of the old ones they hold themselves
             self._codes = None
@@ -94,12 +124,9 @@ class CodesCache:
         # an inference tensor could not be saved for the backward pass of a training step that follows
         with torch.inference_mode(False), torch.no_grad():
             self._move_to(weight.device)
-            sums = sum_by_segment(backend.abs_row_sums(weight), self._row_segments, self.num_segments)
-            if self._group is not None:
-                dist.all_reduce(sums, group=self._group)
-            scales = scales_from(sums, self._counts)
-            row_scales = scales if self._row_segments is None else scales[self._row_segments]
-            return WeightCodes(backend.quantize_weight(weight, row_scales), row_scales)
+            return WeightCodes(
+                *quantize_weight_by_mean(backend, weight, self._counts, self._row_segments, self._group)
+            )
 
     def _move_to(self, device: torch.device) -> None:
         if self._counts.device != device:

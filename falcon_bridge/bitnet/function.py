@@ -57,8 +57,7 @@ def ternary_linear(
     Returns:
         `[..., n]` in x's dtype; with `gather_tokens` the tokens of all ranks, rank by rank along the first dimension.
     """
-    y = _TernaryLinear.apply(x.reshape(-1, x.shape[-1]), weight, codes, backend, exchange, accumulate)
-    return y.view(*_gathered(x.shape[:-1], exchange), y.shape[-1])
+    return _TernaryLinear.apply(x, weight, codes, backend, exchange, accumulate)
 
 
 class _TernaryLinear(torch.autograd.Function):
@@ -72,8 +71,10 @@ class _TernaryLinear(torch.autograd.Function):
         exchange: Exchange | None,
         accumulate: bool,
     ) -> torch.Tensor:
-        ctx.x_dtype, ctx.backend, ctx.exchange, ctx.accumulate = x.dtype, backend, exchange, accumulate
-        ctx.weight = weight
+        ctx.x_dtype, ctx.x_shape, ctx.weight = x.dtype, x.shape, weight
+        ctx.backend, ctx.exchange, ctx.accumulate = backend, exchange, accumulate
+        if x.dim() != 2:  # here and not outside, where it would be a node of the graph
+            x = x.reshape(-1, x.shape[-1])
         x_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
         codes, scale = backend.quantize_activation(x, _absmax_of_whole_rows(x, exchange))
         ctx.save_for_backward(
@@ -82,7 +83,11 @@ class _TernaryLinear(torch.autograd.Function):
         )
         if exchange is not None and exchange.gather_tokens:
             codes, scale = _Gathering(exchange.group, codes, scale).wait()
-        return backend.forward(codes, scale, *weight_codes, x.dtype)
+        y = backend.forward(codes, scale, *weight_codes, x.dtype)
+        if len(ctx.x_shape) == 2:
+            return y
+        # no view: autograd refuses to have one written into that comes out of a function
+        return torch.ops.aten._unsafe_view(y, (*_gathered(ctx.x_shape[:-1], exchange), y.shape[-1]))
 
     @staticmethod
     @once_differentiable
@@ -90,6 +95,8 @@ class _TernaryLinear(torch.autograd.Function):
         *weight_codes, codes, scale = ctx.saved_tensors
         x_needs_grad, weight_needs_grad = ctx.needs_input_grad[:2]
         backend, exchange = ctx.backend, ctx.exchange
+        if grad.dim() != 2:
+            grad = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_weight = gathering = reduction = None
         # each communication is under way while the next product is computed
         if weight_needs_grad and exchange is not None and exchange.gather_tokens:
@@ -103,6 +110,8 @@ class _TernaryLinear(torch.autograd.Function):
             grad_weight = _grad_weight(ctx, grad, codes, scale)
         if reduction is not None:
             reduction.wait()
+        if grad_x is not None and grad_x.shape != ctx.x_shape:
+            grad_x = grad_x.view(ctx.x_shape)
         return grad_x, grad_weight, None, None, None, None
 
 

@@ -85,6 +85,54 @@ def abs_row_sums_kernel(w_ptr, sums_ptr, K, stride_w, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def abs_partial_sums_kernel(
+    w_ptr,
+    row_segments_ptr,
+    sums_ptr,
+    N,
+    K,
+    stride_w,
+    rows_per_program,
+    HAS_SEGMENTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Sums of |w| over a range of rows for each matrix that they belong to, fp64 `[programs, SEGMENTS]`.
+
+    w `[n, k]` with unit stride over k; row_segments int64 `[n]`, or None for one matrix; SEGMENTS a power of two.
+    Without atomics: the same sums in every run.
+    """
+    program = tl.program_id(0)
+    first = program * rows_per_program
+    end = tl.minimum(first + rows_per_program, N)
+    segments = tl.arange(0, SEGMENTS)
+    totals = tl.zeros([SEGMENTS], tl.float64)
+    for start_n in range(first, end, BLOCK_N):
+        rows = start_n + tl.arange(0, BLOCK_N)
+        w_rows = w_ptr + rows.to(tl.int64)[:, None] * stride_w
+        row_sums = tl.zeros([BLOCK_N, BLOCK_K], tl.float64)
+        for start_k in range(0, K, BLOCK_K):
+            columns = start_k + tl.arange(0, BLOCK_K)
+            w = tl.load(w_rows + columns[None, :], mask=(rows < end)[:, None] & (columns < K)[None, :], other=0.0)
+            row_sums += tl.abs(w.to(tl.float64))
+        row_sum = tl.sum(row_sums, axis=1)
+        if HAS_SEGMENTS:
+            segment = tl.load(row_segments_ptr + rows, mask=rows < end, other=0)
+            # a choice, not a product with the mask: NaN · 0 would carry one matrix's NaN into the others
+            row_sum = tl.where(segment[:, None] == segments[None, :], row_sum[:, None], 0.0)
+            totals += tl.sum(row_sum, axis=0)
+        else:
+            totals += tl.sum(row_sum, axis=0)
+    tl.store(sums_ptr + program * SEGMENTS + segments, totals)
+
+
+@triton.jit
+def _ternary(w, scale):
+    return _to_code(w.to(tl.float32) * scale, scale, -1.0, 1.0)
+
+
+@triton.jit
 def quantize_weight_kernel(
     w_ptr,
     row_scales_ptr,
@@ -102,8 +150,60 @@ def quantize_weight_kernel(
     mask = (rows < N)[:, None] & (columns < K)[None, :]
     rows = rows.to(tl.int64)
     scale = tl.load(row_scales_ptr + rows * stride_scales, mask=rows < N, other=1.0)[:, None]
-    w = tl.load(w_ptr + rows[:, None] * stride_w + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(codes_ptr + rows[:, None] * K + columns[None, :], _to_code(w * scale, scale, -1.0, 1.0), mask=mask)
+    w = tl.load(w_ptr + rows[:, None] * stride_w + columns[None, :], mask=mask, other=0.0)
+    tl.store(codes_ptr + rows[:, None] * K + columns[None, :], _ternary(w, scale), mask=mask)
+
+
+@triton.jit
+def quantize_weight_by_sums_kernel(
+    w_ptr,
+    sums_ptr,
+    counts_ptr,
+    row_segments_ptr,
+    row_scales_ptr,
+    codes_ptr,
+    N,
+    K,
+    stride_w,
+    P,
+    S,
+    HAS_SEGMENTS: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TILES_N: tl.constexpr,
+):
+    """Scales ``1 / max(mean|w|, 1e-5)`` of the matrices of a weight from partial sums, and its ternary codes by them.
+
+    w, row_segments, SEGMENTS as in `abs_partial_sums_kernel`; sums fp64 `[P, SEGMENTS]`, P at most BLOCK_P; counts
+    fp64 `[S]`, elements of each matrix. Every program adds the sums up anew, which costs less than a launch that does
+    it once. row_scales fp32 `[n]`, or `[1]` without row_segments. TILES_N tiles of rows a program.
+    """
+    segments = tl.arange(0, SEGMENTS)
+    parts = tl.arange(0, BLOCK_P)
+    sums = tl.load(sums_ptr + parts[:, None] * SEGMENTS + segments[None, :], mask=(parts < P)[:, None], other=0.0)
+    counts = tl.load(counts_ptr + segments, mask=segments < S, other=1.0)
+    mean = (tl.sum(sums, axis=0) / counts).to(tl.float32)
+    scales = tl.where(mean < float("inf"), tl.div_rn(1.0, tl.maximum(mean, 1e-5)), float("nan"))
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    first = tl.program_id(0) * (TILES_N * BLOCK_N)
+    for tile in range(TILES_N):
+        rows = first + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = rows < N
+        mask = inside[:, None] & (columns < K)[None, :]
+        wide_rows = rows.to(tl.int64)
+        w = tl.load(w_ptr + wide_rows[:, None] * stride_w + columns[None, :], mask=mask, other=0.0)
+        if HAS_SEGMENTS:
+            segment = tl.load(row_segments_ptr + rows, mask=inside, other=0)
+            scale = tl.sum(tl.where(segment[:, None] == segments[None, :], scales[None, :], 0.0), axis=1)
+            if tl.program_id(1) == 0:
+                tl.store(row_scales_ptr + rows, scale, mask=inside)
+        else:
+            scale = tl.sum(scales, axis=0) + tl.zeros([BLOCK_N], tl.float32)
+            if tl.program_id(1) == 0:
+                tl.store(row_scales_ptr + rows, scale, mask=rows == 0)
+        tl.store(codes_ptr + wide_rows[:, None] * K + columns[None, :], _ternary(w, scale[:, None]), mask=mask)
 
 
 @triton.jit

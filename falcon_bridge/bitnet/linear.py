@@ -51,11 +51,19 @@ class _BitNetLinear(torch.nn.Module):
         )
         self.row_segments = row_segments
         counts = torch.tensor(elements, dtype=torch.float64, device="cpu")
-        self._codes = CodesCache(counts, row_segments, self._group())
+        group = self.tp_group if get_pg_size(self.tp_group) > 1 else None
+        self._codes = CodesCache(counts, row_segments, group)
+        self._group = group
+        # Megatron's forward would add nodes to the graph that copy, reduce and gather within the group
+        self._alone = group is None and not self.config.defer_embedding_wgrad_compute
         self.register_load_state_dict_post_hook(invalidate)
 
-    def _group(self) -> torch.distributed.ProcessGroup | None:
-        return self.tp_group if get_pg_size(self.tp_group) > 1 else None
+    def _forward_alone(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Megatron's forward in a group of one rank: the output, and the bias where somebody else adds it."""
+        y = self._multiply(x, weight)
+        if self.skip_bias_add:
+            return y, self.bias
+        return (y if self.bias is None else y + self.bias), None
 
     def _multiply(self, x: torch.Tensor, weight: torch.Tensor, **exchanged: bool) -> torch.Tensor:
         if weight is not self.weight:
@@ -66,7 +74,7 @@ class _BitNetLinear(torch.nn.Module):
                 "bitnet_callbacks(cfg) to pretrain's callbacks, or set bitnet_warmup_steps=0"
             )
         backend = at_current_strength(self._backend())
-        group = self._group()
+        group = self._group
         return ternary_linear(
             x,
             weight,
@@ -127,6 +135,17 @@ class BitNetColumnParallelLinear(_BitNetLinear, ColumnParallelLinear):
                 local = whole.narrow(0, get_pg_rank(self.tp_group) * rows, rows)
             self._set_up(local, [count * input_size for count in whole.bincount().tolist()])
 
+    def forward(
+        self,
+        input_: torch.Tensor,
+        weight: torch.Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `ColumnParallelLinear`."""
+        if self._alone and self.config._cpu_offloading_context is None:
+            return self._forward_alone(input_, self.weight if weight is None else weight)
+        return super().forward(input_, weight, runtime_gather_output)
+
     def _forward_impl(
         self,
         input: torch.Tensor,
@@ -161,6 +180,12 @@ class BitNetRowParallelLinear(_BitNetLinear, RowParallelLinear):
         _check_kwargs(kwargs)
         super().__init__(input_size, output_size, config=config, **_with_tp_group(kwargs, pg_collection))
         self._set_up(None, [output_size * input_size])
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See `RowParallelLinear`."""
+        if self._alone and self.config._cpu_offloading_context is None:
+            return self._forward_alone(input_, self.weight)
+        return super().forward(input_)
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, bias: None = None, **_) -> torch.Tensor:
         return self._multiply(input, weight, share_absmax=True)

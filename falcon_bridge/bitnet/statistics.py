@@ -2,7 +2,7 @@
 
 Codes are looked at where they are used, in the first forward pass of a step: the weights are gathered and quantised
 then. What is counted stays on the device until `TernaryStatistics.collect`; the codes of the step before are kept in
-2 bits each.
+2 bits each. Where a CUDA graph captures the forward pass, it captures the counting with it.
 """
 
 import re
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from falcon_bridge.bitnet.codes import capture_id
 from falcon_bridge.bitnet.linear import BitNetColumnParallelLinear, BitNetRowParallelLinear
 from falcon_bridge.bitnet.modules import TERNARY_MODULES
 
@@ -79,7 +80,7 @@ class TernaryStatistics:
     def end_step(self) -> None:
         """To be called after each training step: forward passes of validations do not count."""
         for followed in self._followed.values():
-            followed.pending = False
+            followed.end_step()
 
     def collect(self, pipeline_group: dist.ProcessGroup | None = None) -> dict[str, MatrixStatistics]:
         """Statistics of all matrices that have had a step, and a new start for the flips.
@@ -115,7 +116,7 @@ class _Followed:
         matrices = next((t.hugging_face for t in TERNARY_MODULES if t.megatron == module), (module,))
         self.names = [f"{layer}.{matrix}" for matrix in matrices]
         self.linear, self.pending = linear, False
-        self.compared = 0
+        self.compared, self._captured = 0, False
         self._codes: torch.Tensor | None = None
         self.hook = linear.register_forward_hook(self._look)
 
@@ -135,10 +136,19 @@ class _Followed:
                 segments = torch.zeros(codes.shape[0], dtype=torch.int64)
             self._segments, self._shape = segments.to(codes.device), codes.shape
             self._flips = self._sums(torch.zeros_like(self._segments))
+            self._codes = _pack(codes)
         else:
+            # in place: a graph goes on reading and writing both
             self._flips += self._sums((codes != self._previous()).sum(dim=1))
+            self._codes.copy_(_pack(codes))
             self.compared += 1
-        self._codes = _pack(codes)
+        self._captured = bool(capture_id(codes.device))
+
+    def end_step(self) -> None:
+        # a replay counts on the device, and calls no hook
+        if self.pending and self._captured:
+            self.compared += 1
+        self.pending = False
 
     def counts(self) -> torch.Tensor:
         """fp64 `[matrices, 5]`: elements, zeros, flips, and of the rows the scales and their number."""

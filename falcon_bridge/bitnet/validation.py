@@ -26,7 +26,6 @@ def check_bitnet(config) -> None:
                 f"bitnet_backend={config.bitnet_backend!r} would do nothing: set use_bitnet=True, or keep 'auto'"
             )
         return
-    graphs = "BitNet quantises weights once a step, outside of what a graph would replay"
     unsupported = {
         "num_moe_experts": (config.num_moe_experts, "experts have no ternary weights"),
         "multi_latent_attention": (config.multi_latent_attention, "its projections have no ternary weights"),
@@ -39,9 +38,20 @@ def check_bitnet(config) -> None:
             "Megatron would also defer the gradients of BitNet's column-parallel linears, which have no buffer",
         ),
         "cpu_offloading": (config.cpu_offloading, "int8 activations are not offloaded"),
-        "cuda_graph_impl": (config.cuda_graph_impl != "none" and config.cuda_graph_impl, graphs),
-        "enable_cuda_graph": (config.enable_cuda_graph, graphs),
-        "external_cuda_graph": (config.external_cuda_graph, graphs),
+        "transformer_impl": (
+            config.transformer_impl == "inference_optimized" and config.transformer_impl,
+            "its layers are dense",
+        ),
+        "use_kitchen": (config.use_kitchen, "its layers would be quantised in another way"),
+        "tp_comm_overlap": (
+            config.tp_comm_overlap,
+            "BitNet's linears gather int8 codes and overlap that themselves, past Transformer Engine's buffers",
+        ),
+        "cuda_graph_impl": (
+            config.cuda_graph_impl != "none" and config.bitnet_warmup_steps and config.cuda_graph_impl,
+            f"the strength of bitnet_warmup_steps={config.bitnet_warmup_steps} changes from step to step, and an "
+            "iteration that is captured keeps one",
+        ),
     }
     for name, (value, reason) in unsupported.items():
         if value:

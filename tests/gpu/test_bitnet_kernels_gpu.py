@@ -82,6 +82,133 @@ def test_gradients_are_the_oracles_within_rounding(backend, shape, dtype):
     assert grad_x.dtype == grad_weight.dtype == dtype and main_grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("segments", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(4, 16), (7, 33), (513, 1000), (2560, 2048), (9000, 264), (5, 70_000)], ids=str)
+def test_a_weight_by_its_means_in_two_launches(backend, shape, segments, dtype):
+    n, k = shape
+    _, W = _matrices(1, k, n, dtype)
+    rows = None if segments == 1 else (torch.arange(n, device="cuda") // 3) % segments
+    expected, scales = reference.quantize_weight_segmented(W, rows, segments)
+    of_row = torch.zeros(n, dtype=torch.int64) if rows is None else rows.cpu()
+    counts = (of_row.bincount(minlength=segments).double() * k).cuda()
+    strided = torch.cat([W[:, :1], W], dim=1)[:, 1:]
+    for weight in (W, strided):
+        codes, row_scales = backend.quantize_weight_by_mean(weight, counts, rows)
+        # the sums are added up in another order: 1e-9 of the spacing of fp32
+        assert torch.equal(row_scales, scales if rows is None else scales[rows])
+        assert torch.equal(codes, expected)
+
+
+def test_bad_values_of_a_weight_stay_in_their_matrix(backend):
+    _, W = _matrices(1, 300, 60, torch.bfloat16)
+    rows = torch.arange(60, device="cuda") // 20
+    counts = torch.full((3,), 20 * 300.0, dtype=torch.float64, device="cuda")
+    W[25, 7], W[41, 3] = float("nan"), float("-inf")
+    codes, row_scales = backend.quantize_weight_by_mean(W, counts, rows)
+    assert torch.equal(row_scales.isnan(), rows > 0) and not codes[rows > 0].any() and codes[rows == 0].any()
+
+
+def _one_pass(backend, x, W, grad, counts=None):
+    """All kernels of a layer, from latent weight to gradients."""
+    counts = torch.tensor([float(W.numel())], dtype=torch.float64).cuda() if counts is None else counts
+    weight_codes, row_scales = backend.quantize_weight_by_mean(W, counts)
+    codes, scale = backend.quantize_activation(x)
+    y = backend.forward(codes, scale, weight_codes, row_scales, x.dtype)
+    dx = backend.grad_input(grad, weight_codes, row_scales, x.dtype)
+    return y, dx, backend.grad_weight(grad, codes, scale, W.dtype)
+
+
+def _expected_output(x, W):
+    weight_codes, scale_w = reference.quantize_weight(W)
+    codes, scale = reference.quantize_activation(x)
+    integers = codes.double() @ weight_codes.double().T
+    return (integers.float() / (scale * scale_w)).to(x.dtype)
+
+
+def test_launches_of_alternating_shapes_and_alignments_keep_to_their_kernels(backend):
+    """A kernel that was compiled for aligned pointers or even strides gives wrong results or faults for others."""
+    cases = []
+    for m, k, n in ((64, 256, 128), (65, 257, 129), (64, 256, 128), (1, 16, 1), (33, 272, 48), (16, 1, 16)):
+        for dtype in (torch.bfloat16, torch.float32):
+            x, W = _matrices(m, k, n, dtype)
+            wide_x, wide_W = (torch.nn.functional.pad(tensor, (1, 0)) for tensor in (x, W))
+            flat = torch.cat([W.new_zeros(1), W.flatten()])[1:].view(n, k)  # unit strides from a misaligned address
+            grad = torch.randn(m, n, device="cuda").to(dtype)
+            cases += [
+                (x, W, grad),
+                (wide_x[:, 1:], wide_W[:, 1:], grad),
+                (x, flat, grad),
+                (x.t().contiguous().t(), W, grad),
+            ]
+    expected = [(_expected_output(x, W), *_one_pass(backend, x, W, grad)[1:]) for x, W, grad in cases]
+    for _ in range(3):
+        for (x, W, grad), (y, dx, dW) in zip(cases, expected, strict=True):
+            actual = _one_pass(backend, x, W, grad)
+            assert torch.equal(actual[0], y)
+            for one, other in zip(actual[1:], (dx, dW), strict=True):
+                assert (one.float() - other.float()).norm() <= 1e-3 * other.float().norm()
+
+
+def test_launches_go_to_the_current_stream(backend):
+    """Each of two streams waits for its own input, which is late on one of them."""
+    x, W = _matrices(512, 1024, 768, torch.bfloat16)
+    late = torch.zeros_like(x)
+    expected = [_expected_output(x, W), _expected_output(x * 2, W)]
+    weight_codes, scale_w = reference.quantize_weight(W)
+    row_scales = scale_w.view(1)
+
+    def output(tokens):
+        return backend.forward(*backend.quantize_activation(tokens), weight_codes, row_scales, tokens.dtype)
+
+    output(x), output(late)
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    results = []
+    with torch.cuda.stream(streams[0]):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(x * 2)
+        results.append(output(late))
+    with torch.cuda.stream(streams[1]):
+        results.append(output(x))
+    streams[1].synchronize()
+    assert not streams[0].query()  # so the second did not wait for the first
+    assert torch.equal(results[1], expected[0])
+    torch.cuda.synchronize()
+    assert torch.equal(results[0], expected[1])
+
+
+def test_a_captured_pass_computes_what_it_is_given_on_replay(backend):
+    x, W = _matrices(300, 1024, 520, torch.bfloat16)
+    grad = torch.randn(300, 520, device="cuda").bfloat16()
+    counts = torch.tensor([float(W.numel())], dtype=torch.float64, device="cuda")
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _one_pass(backend, x, W, grad, counts)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        captured = _one_pass(backend, x, W, grad, counts)
+    for factor in (1.0, 3.0):
+        x.mul_(factor), W.mul_(-factor), grad.mul_(factor)
+        graph.replay()
+        expected = _one_pass(backend, x, W, grad)
+        assert torch.equal(captured[0], _expected_output(x, W))
+        for one, other in zip(captured[1:], expected[1:], strict=True):
+            assert (one.float() - other.float()).norm() <= 1e-3 * other.float().norm()
+
+
+def test_tensors_of_the_host_are_refused(backend):
+    on_device, on_host = torch.ones(4, 32, device="cuda"), torch.ones(4, 32)
+    backend.quantize_activation(on_device)
+    with pytest.raises(ValueError, match="cannot be accessed from Triton"):
+        backend.quantize_activation(on_host)
+    codes, _ = backend.quantize_activation(on_device)
+    assert codes.eq(127).all()
+
+
 def test_strided_input_and_given_absmax(backend):
     x = torch.randn(96, 300, device="cuda", dtype=torch.bfloat16)
     absmax = x.abs().amax(1, keepdim=True).float() * 1.5

@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from falcon_bridge.bitnet import reference
-from falcon_bridge.bitnet.backends import CHOICES, ReferenceBackend, check_choice, choose_backend
+from falcon_bridge.bitnet.backends import (
+    CHOICES,
+    ReferenceBackend,
+    check_choice,
+    choose_backend,
+    quantize_weight_by_mean,
+)
 from falcon_bridge.bitnet.scales import token_absmax
 from tests.unit.bitnet.weights import draw, fused, uneven
 
@@ -48,6 +54,28 @@ def test_a_part_of_a_row_is_scaled_by_the_whole_row():
     whole, scale = ReferenceBackend().quantize_activation(x)
     codes, part_scale = ReferenceBackend().quantize_activation(x[:, 13:], token_absmax(x))
     assert torch.equal(codes, whole[:, 13:]) and torch.equal(part_scale, scale)
+
+
+@pytest.mark.parametrize("kind", ["single", "qkv", "gate_up"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_by_its_means(kind, dtype):
+    W, segments, number = uneven(30, 37, dtype=dtype), None, 1
+    if kind != "single":
+        W, segments, number = fused(kind, 37, dtype=dtype)
+    rows = torch.zeros(len(W), dtype=torch.int64) if segments is None else segments
+    counts = rows.bincount(minlength=number).double() * 37
+    codes, row_scales = quantize_weight_by_mean(ReferenceBackend(), W, counts, segments)
+    expected, scales = reference.quantize_weight_segmented(W, segments, number)
+    assert torch.equal(codes, expected) and torch.equal(row_scales, scales if segments is None else scales[segments])
+
+
+def test_a_backends_own_way_to_quantise_a_weight_is_taken():
+    class Own(ReferenceBackend):
+        def quantize_weight_by_mean(self, *arguments):
+            return arguments
+
+    arguments = draw(4, 3), torch.ones(2), torch.tensor([0, 1, 1, 0]), object()
+    assert quantize_weight_by_mean(Own(), *arguments) == arguments
 
 
 def test_auto_is_the_reference_on_a_cpu_and_the_choice_is_logged_once(caplog):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from falcon_bridge.bitnet import codes
 from falcon_bridge.bitnet.backends import ReferenceBackend
-from falcon_bridge.bitnet.codes import CodesCache, invalidate
+from falcon_bridge.bitnet.codes import CodesCache, capture_id, invalidate
 from falcon_bridge.bitnet.reference import bitlinear, quantize_weight, quantize_weight_segmented
 from tests.unit.bitnet.linears import column, holding
 from tests.unit.bitnet.weights import draw, fused, uneven
@@ -162,6 +163,56 @@ def test_once_a_step_with_micro_batches_in_flight_and_recompute(one_rank, monkey
         optimizer.step()
         optimizer.zero_grad()
         assert backend.weights == step + 1
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """Sets the number of the CUDA graph capture that is under way; 0 ends it."""
+    number = 0
+    monkeypatch.setattr(codes, "capture_id", lambda device: number)
+
+    def capture(value):
+        nonlocal number
+        number = value
+
+    return capture
+
+
+def test_a_capture_makes_its_own_codes_and_shares_them(cached, capturing):
+    W, cache, backend = cached
+    eager = cache.get(W, backend)
+    capturing(7)
+    first = cache.get(W, backend)
+    # those from before would be as old in each replay
+    assert first.codes is not eager.codes and backend.weights == 2
+    for _ in range(3):  # micro-batches, and recomputation
+        assert cache.get(W, backend).codes is first.codes
+    assert backend.weights == 2
+
+
+def test_nothing_outside_uses_the_codes_of_a_capture(cached, capturing):
+    W, cache, backend = cached
+    capturing(7)
+    captured = cache.get(W, backend)
+    capturing(0)
+    # a replay may have written them for other weights
+    assert cache.get(W, backend).codes is not captured.codes
+    assert_fresh(cached, quantised=3)
+
+
+def test_a_capture_uses_no_codes_of_another(cached, capturing):
+    """A validation is captured, then a training step, with no step of the optimizer in between."""
+    W, cache, backend = cached
+    capturing(7)
+    validation = cache.get(W, backend)
+    capturing(8)
+    training = cache.get(W, backend)
+    assert training.codes is not validation.codes
+    assert_fresh(cached, quantised=3)
+
+
+def test_there_is_no_capture_on_a_cpu():
+    assert capture_id(torch.device("cpu")) == 0
 
 
 @pytest.mark.parametrize("segments", [torch.tensor([0, 1, 3]), torch.tensor([-1, 0, 1])])

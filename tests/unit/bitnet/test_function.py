@@ -43,6 +43,20 @@ def test_equals_the_reference(leading, dtype, strided):
         assert torch.equal(actual, exact) and actual.dtype == dtype
 
 
+def test_the_output_may_be_written_into():
+    """As residual sums do; autograd would refuse it of a view that comes out of a function."""
+    W, codes, segments = weight_of()
+    x = draw(3, 4, 37).requires_grad_()
+    y = ternary_linear(x, W, codes, BACKEND)
+    y.mul_(2.0)
+    expected = bitlinear(x, W, **segments) * 2.0
+    dy = draw(3, 4, len(W), seed=4)
+    for actual, exact in zip(
+        torch.autograd.grad(y, [x, W], dy), torch.autograd.grad(expected, [x, W], dy), strict=True
+    ):
+        assert torch.equal(actual, exact)
+
+
 def test_a_transposed_input():
     W, codes, segments = weight_of()
     x = draw(37, 4, 3).permute(2, 1, 0)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from falcon_bridge.bitnet import statistics
 from falcon_bridge.bitnet.reference import quantize_weight
 from falcon_bridge.bitnet.statistics import TernaryStatistics, _pack, _unpack, ternary_linears
 
@@ -121,6 +122,24 @@ def test_counts_what_the_definition_says(model):
         if step in (0, 3, 4):
             check(statistics.collect(), seen)
             seen = [step]
+
+
+def test_replays_of_a_cuda_graph_are_counted(model, monkeypatch):
+    """A replay does on the device what the captured step did, in the same memory, and calls no hook."""
+    found = TernaryStatistics(ternary_linears([model]))
+    followed = list(found._followed.values())
+    for step in range(6):
+        load(model, step)
+        found.begin_step()
+        monkeypatch.setattr(statistics, "capture_id", lambda device, step=step: 5 if step >= 2 else 0)
+        before = [(one.compared, one.has_codes and one._codes.data_ptr()) for one in followed]
+        model(draw(2, 3, IN, seed=step))
+        for one, (compared, where) in zip(followed, before, strict=True):
+            assert step == 0 or one._codes.data_ptr() == where
+            if step > 2:
+                one.compared, one.pending = compared, True
+        found.end_step()
+    check(found.collect(), list(range(6)))
 
 
 def test_only_training_steps_count(model):
