@@ -81,6 +81,7 @@ def import_checkpoint(
             layout,
             dtype,
             source.has_tokenizer,
+            allow_nonfinite,
             on_event=lambda rank, event: progress(*event),
         )
         dtypes = {name: info.dtype for name, info in source.tensors.items()}
@@ -158,13 +159,16 @@ def _storage_dtype(source: HFCheckpoint) -> str:
     return "F32" if "F32" in dtypes else "BF16"
 
 
-def _import_on_rank(source: Path, target: Path, layout: "ParallelLayout", dtype: str, has_tokenizer: bool) -> None:
+def _import_on_rank(
+    source: Path, target: Path, layout: "ParallelLayout", dtype: str, has_tokenizer: bool, allow_nonfinite: bool
+) -> None:
     import torch.distributed as dist
     from megatron.bridge import AutoBridge
 
     from falcon_bridge.conversion.runtime import DTYPES, conversion_rank, prepare_provider
+    from falcon_bridge.models.falcon_edge.weights import nonfinite_latents
 
-    with conversion_rank() as device:
+    with conversion_rank() as device, nonfinite_latents(allow_nonfinite):
         emit(("converting", 0, 3))
         bridge = AutoBridge.from_hf_pretrained(source)
         provider = prepare_provider(bridge, layout, DTYPES[dtype], load_weights=True)

@@ -1,7 +1,8 @@
 """Hugging Face LlamaForCausalLM with BitNet's marks to Megatron and back: config, weights, exactly."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -86,6 +87,27 @@ class FalconEdgeBridge(MegatronModelBridge):
         Raises:
             ValueError: With one line: a tensor is missing, damaged, or could be read in two ways.
         """
+        self._open(hf_pretrained, megatron_model)
+        loaded = super().load_weights_hf_to_megatron(hf_pretrained, megatron_model, allowed_mismatched_params)
+        invalidate()
+        return loaded
+
+    def stream_weights_hf_to_megatron(self, hf_pretrained, megatron_model, conversion_tasks=None):
+        """Yield this rank's part of each Megatron parameter, latent whatever the checkpoint's form.
+
+        Who copies them into a model calls `falcon_bridge.bitnet.invalidate` afterwards, to have them quantised anew.
+
+        Raises:
+            ValueError: As `load_weights_hf_to_megatron`.
+        """
+        chunks = self._open(hf_pretrained, megatron_model)
+        if conversion_tasks is None:
+            conversion_tasks = self.build_conversion_tasks(hf_pretrained, chunks)
+        latent = SimpleNamespace(state=_Latents(hf_pretrained.state, self._read))
+        yield from super().stream_weights_hf_to_megatron(latent, chunks, conversion_tasks)
+
+    def _open(self, hf_pretrained, megatron_model) -> list:
+        """Find out what is in a checkpoint that is about to be loaded; the model's chunks."""
         chunks = megatron_model if isinstance(megatron_model, list) else [megatron_model]
         names = set(hf_pretrained.state.source.get_all_keys())
         missing = [name for name in tensor_names(hf_pretrained.config) if name not in names]
@@ -101,9 +123,7 @@ class FalconEdgeBridge(MegatronModelBridge):
                 hf_pretrained.model_name_or_path,
                 "packed" if self._form == Form.PACKED else "dequantised",
             )
-        loaded = super().load_weights_hf_to_megatron(hf_pretrained, megatron_model, allowed_mismatched_params)
-        invalidate()
-        return loaded
+        return chunks
 
     def maybe_modify_loaded_hf_weight(self, hf_param: str | dict[str, str], hf_state_dict: Mapping[str, torch.Tensor]):
         """Whole matrices as latent weights, everything else as it is."""
@@ -184,6 +204,16 @@ class FalconEdgeBridge(MegatronModelBridge):
             ),
             AutoMapping(f"{megatron}.mlp.linear_fc2.weight", f"{hf}.mlp.down_proj.weight"),
         )
+
+
+class _Latents:
+    """A checkpoint's tensors by name, ternary matrices as latent weights."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor], read: Callable) -> None:
+        self._state, self._read = state, read
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._read(name, self._state)
 
 
 def _source_form(hf_pretrained: Any) -> Form:

@@ -9,6 +9,8 @@ trained with are lost.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import StrEnum
 from typing import Any
 
@@ -37,6 +39,19 @@ _AMBIGUOUS = (
     'quantization_config {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online", '
     '"modules_to_not_convert": ["lm_head"]}'
 )
+
+
+_nonfinite_allowed: ContextVar[bool] = ContextVar("nonfinite_allowed", default=False)
+
+
+@contextmanager
+def nonfinite_latents(allowed: bool = True) -> Iterator[None]:
+    """Have `to_latent` take NaN and infinite latent weights as they are while the block runs, if `allowed`."""
+    token = _nonfinite_allowed.set(allowed)
+    try:
+        yield
+    finally:
+        _nonfinite_allowed.reset(token)
 
 
 def checkpoint_form(entry: Mapping[str, Any] | None, names: Iterable[str], read: Any) -> Form:
@@ -81,6 +96,8 @@ def to_latent(
 ) -> torch.Tensor:
     """Latent weights of one ternary matrix of a checkpoint.
 
+    NaN and infinite weights are refused, latent ones unless `nonfinite_latents` allows them.
+
     Args:
         form: Of the checkpoint.
         name: Of the matrix; errors begin with it.
@@ -103,6 +120,11 @@ def to_latent(
     if not tensor.is_floating_point():
         raise ValueError(
             f"{name}: {tensor.dtype} among floating-point weights: either all projections are packed or none"
+        )
+    if not (form == Form.LATENT and _nonfinite_allowed.get()) and not tensor.isfinite().all():
+        raise ValueError(
+            f"{name}: has NaN or infinite weights, so the file is damaged or the model diverged: fetch it again, or "
+            "take an earlier checkpoint"
         )
     if form == Form.LATENT:
         # 0 where all weights are zero, which says nothing

@@ -196,6 +196,36 @@ def test_damaged_packed_checkpoints_are_named(one_rank, auto, packed, edit, mess
     assert "\n" not in str(error.value)
 
 
+def test_nan_latents_are_named(one_rank, auto, tmp_path):
+    path = write_random_edge_checkpoint(tmp_path / "latent", "plain", tokenizer=False)
+    change(path, lambda tensors: tensors[K].view(-1)[7:8].fill_(float("nan")))
+    with pytest.raises(ValueError, match=f"{K}: has NaN or infinite weights") as error:
+        build(auto.from_hf_pretrained(path))
+    assert "\n" not in str(error.value)
+
+
+def test_streamed_weights_are_those_that_loading_gives(one_rank, auto, checkpoint):
+    bridge = auto.from_hf_pretrained(checkpoint)
+    chunks = build(bridge)
+    loaded = dict(chunks[0].named_parameters())
+    streamed = list(bridge._model_bridge.stream_weights_hf_to_megatron(bridge.hf_pretrained, chunks))
+    assert {name for name, *_ in streamed} == loaded.keys()
+    for name, weight, _ in streamed:
+        assert torch.equal(weight, loaded[name]), name
+
+
+def test_streaming_checks_as_loading_does(one_rank, auto, packed):
+    chunks = build(auto.from_hf_pretrained(packed))
+    for edit, message in [
+        (lambda t: t[K].fill_(0b11), f"{K}: byte 0x03 .* holds the code 3"),
+        (lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight"),
+    ]:
+        change(packed, edit)
+        bridge = auto.from_hf_pretrained(packed)
+        with pytest.raises(ValueError, match=message):
+            list(bridge._model_bridge.stream_weights_hf_to_megatron(bridge.hf_pretrained, chunks))
+
+
 def test_a_scale_without_its_convention_is_refused(one_rank, auto, packed):
     path = packed / "config.json"
     fields = json.loads(path.read_text())

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from falcon_bridge.bitnet.reference import quantize_weight
 from falcon_bridge.conversion.bitnet_config import LATENT_ENTRY, PACKED_ENTRY
 from falcon_bridge.models.falcon_edge.packing import latent_weight, pack_ternary
-from falcon_bridge.models.falcon_edge.weights import Form, checkpoint_form, from_latent, to_latent
+from falcon_bridge.models.falcon_edge.weights import Form, checkpoint_form, from_latent, nonfinite_latents, to_latent
 from tests.unit.bitnet.weights import draw, uneven
 
 
@@ -135,6 +135,25 @@ def test_weights_without_codes_are_refused(form, value):
     W[3, 5] = value
     with pytest.raises(ValueError, match=f"^{K}: has NaN or infinite weights"):
         stored(form, {K: W})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_nonfinite_weights_are_no_latents_unless_allowed(value):
+    W = uneven(16, 24)
+    W[3, 5] = value
+    message = f"^{Q}: has NaN or infinite weights, .* fetch it again, or take an earlier checkpoint"
+    for form, entry in [(Form.LATENT, None), (Form.LATENT, LATENT_ENTRY), (Form.DEQUANTIZED, None)]:
+        with pytest.raises(ValueError, match=message):
+            latents(form, {Q: W}, entry, name=Q)
+    with nonfinite_latents():
+        assert latents(Form.LATENT, {Q: W}, None, name=Q) is W
+        # from which no code can be read
+        with pytest.raises(ValueError, match=message), nonfinite_latents():
+            latents(Form.DEQUANTIZED, {Q: W}, None, name=Q)
+    with nonfinite_latents(), pytest.raises(ValueError, match=message), nonfinite_latents(False):
+        latents(Form.LATENT, {Q: W}, None, name=Q)
+    with pytest.raises(ValueError, match=message):
+        latents(Form.LATENT, {Q: W}, None, name=Q)
 
 
 def test_a_matrix_that_cannot_be_packed_is_refused():
