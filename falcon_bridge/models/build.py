@@ -1,4 +1,4 @@
-"""What all providers do alike: fields that follow from the machine and the layout, and building this rank's model."""
+"""What all providers do alike: refusals, fields that follow from machine and layout, building this rank's model."""
 
 import contextlib
 from functools import partial
@@ -25,6 +25,75 @@ def default_transformer_impl() -> str:
 def runs_transformer_engine() -> bool:
     """Whether Transformer Engine is installed and there is a GPU: also the default of its fused kernels."""
     return find_spec("transformer_engine") is not None and torch.cuda.is_available()
+
+
+def refuse(unsupported: dict[str, tuple[object, str]]) -> None:
+    """Refuse the first field that is set.
+
+    Args:
+        unsupported: By a field's name, its value, which is refused if true, and what to do instead.
+
+    Raises:
+        ValueError: With one line that names the field and says what to change.
+    """
+    for name, (value, remedy) in unsupported.items():
+        if value:
+            raise ValueError(f"{name}={value!r} is not supported; {remedy}")
+
+
+def check_architecture(config: GPTModelProvider, family: str) -> None:
+    """Refuse Megatron's layers and losses that no family has.
+
+    Args:
+        config: The provider, not necessarily finalized.
+        family: What errors call it.
+
+    Raises:
+        ValueError: With one line that names the field and says what to change.
+    """
+    refuse(
+        {
+            "num_moe_experts": (config.num_moe_experts, f"{family} is dense: leave it unset"),
+            "multi_latent_attention": (
+                config.multi_latent_attention,
+                f"{family} has grouped-query attention: unset it",
+            ),
+            "mtp_num_layers": (config.mtp_num_layers, "multi-token prediction is not supported: unset it"),
+            "add_bias_linear": (config.add_bias_linear, f"{family}'s linear layers have no bias: set it to False"),
+            "add_qkv_bias": (config.add_qkv_bias, f"{family}'s linear layers have no bias: set it to False"),
+            "qk_layernorm": (config.qk_layernorm, f"{family} normalises neither queries nor keys: set it to False"),
+            "rope_scaling": (config.rope_scaling, "RoPE scaling is not supported: set it to False"),
+            "window_size": (config.window_size, f"{family}'s attention sees the whole document: unset it"),
+            "cross_entropy_fusion_impl": (
+                config.cross_entropy_loss_fusion and config.cross_entropy_fusion_impl == "te" and "te",
+                "Megatron warns that it is unstable: use 'native'",
+            ),
+        }
+    )
+
+
+def check_pipeline(config: GPTModelProvider) -> None:
+    """Refuse layers that do not split over the pipeline stages, unless the configuration says how.
+
+    Args:
+        config: The provider, not necessarily finalized.
+
+    Raises:
+        ValueError: With one line that names the fields and says what to change.
+    """
+    uneven = (
+        config.num_layers_in_first_pipeline_stage is not None
+        or config.num_layers_in_last_pipeline_stage is not None
+        or config.pipeline_model_parallel_layout is not None
+        or config.account_for_embedding_in_pipeline_split
+        or config.account_for_loss_in_pipeline_split
+    )
+    stages = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+    if config.num_layers % stages and not uneven:
+        raise ValueError(
+            f"num_layers={config.num_layers} does not split evenly over {stages} pipeline stages: set "
+            "num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage or pipeline_model_parallel_layout"
+        )
 
 
 def check_expressible(config: GPTModelProvider, family: str) -> None:

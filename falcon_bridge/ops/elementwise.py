@@ -105,6 +105,16 @@ def scaled_swiglu(x: torch.Tensor, gate_scale: float = 1.0, out_scale: float = 1
     return _ScaledSwiGLU.apply(x, gate_scale, out_scale)
 
 
+def recompute_scaled_swiglu(y: torch.Tensor, x: torch.Tensor, gate_scale: float = 1.0, out_scale: float = 1.0) -> None:
+    """Write `scaled_swiglu` of x into a contiguous y `[..., f]`, outside autograd."""
+    if _has_kernels(x):
+        from falcon_bridge.ops.elementwise_kernels import swiglu
+
+        swiglu(x, gate_scale, out_scale, y)
+    else:
+        y.copy_(_swiglu(x, gate_scale, out_scale))
+
+
 class _ResidualSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, residual: torch.Tensor, *terms: torch.Tensor) -> torch.Tensor:
@@ -118,7 +128,8 @@ class _ResidualSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        return grad, *[grad.to(dtype) for dtype in ctx.dtypes]
+        casts = {dtype: grad.to(dtype) for dtype in set(ctx.dtypes)}
+        return grad, *[casts[dtype] for dtype in ctx.dtypes]
 
 
 def residual_sum(residual: torch.Tensor, *terms: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Triton kernels of `elementwise`: each piece is one read and one write, computed in fp32."""
 
-
 import torch
 import triton
 import triton.language as tl
@@ -54,11 +53,11 @@ def residual_sum(residual: torch.Tensor, first: torch.Tensor, second: torch.Tens
     return out
 
 
-def swiglu(x: torch.Tensor, gate_scale: float, out_scale: float) -> torch.Tensor:
-    """``silu(gate·gate_scale)·up·out_scale`` `[..., f]` of x `[..., 2·f]`."""
+def swiglu(x: torch.Tensor, gate_scale: float, out_scale: float, y: torch.Tensor | None = None) -> torch.Tensor:
+    """``silu(gate·gate_scale)·up·out_scale`` `[..., f]` of x `[..., 2·f]`, into a contiguous y if there is one."""
     x = x.contiguous()
     f = x.shape[-1] // 2
-    y = torch.empty((*x.shape[:-1], f), dtype=x.dtype, device=x.device)
+    y = torch.empty((*x.shape[:-1], f), dtype=x.dtype, device=x.device) if y is None else y
     if y.numel():
         _swiglu_kernel[_grid(y)](x, y, f, gate_scale, out_scale, BLOCK=_BLOCK)
     return y

@@ -10,12 +10,12 @@ import triton.language as tl
 
 
 _LARGEST_GROUP = 16384
-# programs that add up the weight's gradient over many rows each, so that few partial sums remain; four a processor
+# programs that add up the weight's gradient over many rows each, to few partial sums; four a processor of the H100
 _PROGRAMS = 528
 
 
 @triton.jit
-def _forward_kernel(
+def _gated_norm_kernel(
     y_ptr, z_ptr, weight_ptr, out_ptr, rstd_ptr, B, GROUPS, WIDTH, D,
     y_b, y_s, z_s, z_b, out_s, out_b, gate_scale, out_scale, eps,
     NORM: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
@@ -36,7 +36,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _gated_norm_backward_kernel(
     grad_ptr, y_ptr, z_ptr, weight_ptr, rstd_ptr, dy_ptr, dz_ptr, dweight_ptr, ROWS, B, GROUPS, WIDTH, D,
     grad_s, grad_b, y_b, y_s, z_s, z_b, dz_s, dz_b, gate_scale, out_scale,
     NORM: tl.constexpr, BLOCK: tl.constexpr, UNIT: tl.constexpr,
@@ -78,6 +78,7 @@ def gated_norm(
     out_scale: float,
     group_width: int | None = None,
     eps: float = 1e-5,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`gated_norm.gated_norm_reference` from a batch-first y into a sequence-first result, in one pass.
 
@@ -89,6 +90,7 @@ def gated_norm(
         out_scale: Multiplier of the result.
         group_width: Channels normalised together, dividing d; d where None.
         eps: Added to the mean square.
+        out: Where to write the result, contiguous `[s, b, d]`; a new tensor where None.
 
     Returns:
         `[s, b, d]` in y's dtype, and the reciprocal root mean squares fp32 `[s, b, groups]` where there is a norm.
@@ -99,9 +101,9 @@ def gated_norm(
     batch, length, d = y.shape
     width, block, groups = _blocks(d, weight, group_width)
     unit = _unit(z)
-    out = torch.empty((length, batch, d), dtype=y.dtype, device=y.device)
+    out = torch.empty((length, batch, d), dtype=y.dtype, device=y.device) if out is None else out
     rstd = None if weight is None else torch.empty((length, batch, groups), dtype=torch.float32, device=y.device)
-    _forward_kernel[(length * batch, groups)](
+    _gated_norm_kernel[(length * batch, groups)](
         y, z, weight, out, rstd, batch, groups, width, d,
         y.stride(0), y.stride(1), z.stride(0) // unit, z.stride(1) // unit, out.stride(0), out.stride(1),
         gate_scale, out_scale, eps, NORM=weight is not None, BLOCK=block, UNIT=unit, num_warps=_warps(block),
@@ -145,7 +147,7 @@ def gated_norm_backward(
     programs = min(rows, _PROGRAMS) if weight is not None else rows
     dy = torch.empty_like(y)
     partial = None if weight is None else torch.empty((programs, d), dtype=torch.float32, device=y.device)
-    _backward_kernel[(programs, groups)](
+    _gated_norm_backward_kernel[(programs, groups)](
         grad, y, z, weight, rstd, dy, dz, partial, rows, batch, groups, width, d,
         grad.stride(0), grad.stride(1), y.stride(0), y.stride(1), z.stride(0) // unit, z.stride(1) // unit,
         dz.stride(0) // unit, dz.stride(1) // unit,

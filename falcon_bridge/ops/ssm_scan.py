@@ -6,12 +6,15 @@ spent on the µP multipliers: those of x, B and C scale the convolution's weight
 z and of the output ride in the gate, which also reads and writes across the two layouts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from falcon_bridge.ops.elementwise import column_factors
+from falcon_bridge.ops.ssd.offsets import check_scan_offsets
 from falcon_bridge.ops.tuning.shipped import use_shipped_tuning
 
 
@@ -62,7 +65,7 @@ def ssm_scan(
     norm_weight: torch.Tensor | None,
     shape: SSMShape,
     seq_idx: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], None]]:
     """Causal convolution, SSD scan, gate and (with `norm_weight`) RMSNorm of one Mamba-2 branch.
 
     Kept for the backward pass: zxbcdt, the scan's output, and a number a token and group of the norm. Convolution and
@@ -80,13 +83,24 @@ def ssm_scan(
         seq_idx: Document of each token, int32 `[b, s]`; convolution and state restart where it changes.
 
     Returns:
-        `[s, b, inner]`, contiguous, in zxbcdt's dtype.
+        `[s, b, inner]`, contiguous, in zxbcdt's dtype; and what writes it again into a tensor that it is given, from
+        what is kept for the backward pass (`ops.recomputed`).
 
     Raises:
         ImportError: Without mamba-ssm and causal-conv1d.
+        ValueError: If the rows are longer than mamba-ssm's kernels can address, or the convolution's channels no
+            multiple of 8.
     """
+    if shape.segments[1] % 8:
+        raise ValueError(
+            f"causal-conv1d needs a multiple of 8 channels on each rank, not {shape.segments[1]} (heads times head "
+            "size, and twice groups times state): use another tensor or context parallel size, or ssm_backend=torch"
+        )
+    check_scan_offsets(zxbcdt.shape[1], zxbcdt.shape[0], shape)
     use_shipped_tuning()
-    return _SSMScan.apply(zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, shape, seq_idx)
+    out, y = _SSMScan.apply(zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, shape, seq_idx)
+    # not with autograd's own zxbcdt, which leads to the graph that will hold the function
+    return out, partial(_gate_again, y, zxbcdt.detach(), norm_weight, shape)
 
 
 class _SSMScan(torch.autograd.Function):
@@ -108,11 +122,12 @@ class _SSMScan(torch.autograd.Function):
         out, rstd = gated_norm(y, z, norm_weight, eps=shape.eps, **_gate(shape))
         ctx.save_for_backward(zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, seq_idx, y, rstd)
         ctx.shape = shape
-        return out
+        ctx.mark_non_differentiable(y)
+        return out, y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx, grad, _):
         from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
         from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_bwd
 
@@ -122,12 +137,14 @@ class _SSMScan(torch.autograd.Function):
         shape = ctx.shape
         z, xbc, dt = zxbcdt.split(shape.segments, dim=-1)
         dzxbcdt = torch.empty_like(zxbcdt)
-        dz, dxbc_raw, ddt = dzxbcdt.split(shape.segments, dim=-1)
+        dz, dxbc_raw, ddt_raw = dzxbcdt.split(shape.segments, dim=-1)
         dy, dnorm_weight = gated_norm_backward(grad, y, z, norm_weight, rstd, dz, **_gate(shape))
 
         x, b, c = _split(_convolve(xbc, conv_weight, conv_bias, seq_idx, shape), shape)
         dxbc = torch.empty(xbc.shape, dtype=xbc.dtype, device=xbc.device)
         dx, db, dc = _split(dxbc.transpose(0, 1), shape)
+        # in a tensor of its own: as a view of dzxbcdt it would span most 32-bit offsets (ops/ssd/offsets.py)
+        ddt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
         heads = (shape.heads, shape.head_dim)
         scaled_dt, decay = _dt_and_decay(dt, a_log, shape)
         _, _, ddecay, _, _, dd, _, ddt_bias, _ = _mamba_chunk_scan_combined_bwd(
@@ -135,7 +152,7 @@ class _SSMScan(torch.autograd.Function):
             D=d_skip, dt_bias=dt_bias, seq_idx=seq_idx, dt_softplus=True,
             dx=dx, ddt=ddt.transpose(0, 1), dB=db, dC=dc,
         )  # fmt: skip
-        ddt.mul_(shape.scales[-1])
+        torch.mul(ddt, shape.scales[-1], out=ddt_raw)
         weight, bias = _scaled_conv(conv_weight, conv_bias, shape)
         target = _channels_first(dxbc_raw)
         _, dweight, dbias, _ = causal_conv1d_bwd_function(
@@ -155,6 +172,12 @@ class _SSMScan(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _gate_again(y: torch.Tensor, zxbcdt: torch.Tensor, norm_weight, shape: SSMShape, out: torch.Tensor) -> None:
+    from falcon_bridge.ops.gated_norm_kernels import gated_norm
+
+    gated_norm(y, zxbcdt[..., : shape.inner], norm_weight, eps=shape.eps, out=out, **_gate(shape))
 
 
 def _gate(shape: SSMShape) -> dict:

@@ -103,6 +103,11 @@ class LoRA(PEFT, ModuleMatcher):
                 "adapters on a BitNet model are not supported: ternary weights and an adapter do not add up to "
                 "ternary weights. Fine-tune all weights (an sft recipe), or set model.use_bitnet=False"
             )
+        if config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ()):
+            raise ValueError(
+                "model.recompute_modules has 'layernorm': below the first adapter of a frozen model no gradient comes "
+                "by to start that recomputation; leave it out"
+            )
         if self.dim < 1 or not 0 <= self.dropout < 1:
             raise ValueError(f"peft.dim={self.dim} must be positive, and peft.dropout={self.dropout} in [0, 1)")
         tp = config.tensor_model_parallel_size or 1

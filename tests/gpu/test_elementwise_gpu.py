@@ -8,6 +8,7 @@ from falcon_bridge.ops.elementwise import residual_sum, scaled_swiglu
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 
+
 def value_and_gradient(function, x, grad):
     x = x.detach().requires_grad_()
     y = function(x)

@@ -35,6 +35,8 @@ KINDS = {
     "mlp": selective("mlp"),
     "layernorm": selective("layernorm"),
     "mixer": {"recompute_mixer": True},
+    "gates": {"recompute_gates": True},
+    "mixer, gates": {"recompute_mixer": True, "recompute_gates": True},
     "mixer, mlp, layernorm": {**selective("mlp", "layernorm"), "recompute_mixer": True},
 }
 
@@ -112,6 +114,7 @@ def test_recompute_saves_bytes_and_changes_nothing(layout, packed, tmp_path):
         print(kind, fewer / saved)
     bytes_of = {kind: result[0] for kind, result in results.items()}
     assert bytes_of["uniform"] < bytes_of["mixer, mlp, layernorm"] < bytes_of["mixer"] < bytes_of["core_attn"]
+    assert bytes_of["mixer, gates"] < bytes_of["mixer"]
 
 
 def first_in_proj_alone(path, batch):

@@ -3,7 +3,13 @@
 from megatron.core.tensor_parallel.random import HAVE_TE
 
 from falcon_bridge.bitnet.validation import check_bitnet
-from falcon_bridge.models.build import check_expressible
+from falcon_bridge.models.build import (
+    check_architecture,
+    check_cuda_graph,
+    check_expressible,
+    check_pipeline,
+    refuse,
+)
 
 
 def check_supported(config) -> None:
@@ -18,27 +24,16 @@ def check_supported(config) -> None:
     check_bitnet(config)
     _check_heads(config)
     _check_parallel_layout(config)
-    unsupported = {
-        "num_moe_experts": (config.num_moe_experts, "Falcon-Edge is dense: leave it unset"),
-        "multi_latent_attention": (config.multi_latent_attention, "Falcon-Edge has grouped-query attention: unset it"),
-        "mtp_num_layers": (config.mtp_num_layers, "multi-token prediction is not supported: unset it"),
-        "use_mup": (config.use_mup, "Falcon-Edge has no multipliers: unset it"),
-        "add_bias_linear": (config.add_bias_linear, "Falcon-Edge's linear layers have no bias: set it to False"),
-        "add_qkv_bias": (config.add_qkv_bias, "Falcon-Edge's linear layers have no bias: set it to False"),
-        "qk_layernorm": (config.qk_layernorm, "Falcon-Edge normalises neither queries nor keys: set it to False"),
-        "rope_scaling": (config.rope_scaling, "RoPE scaling is not supported: set it to False"),
-        "window_size": (config.window_size, "Falcon-Edge's attention sees the whole document: unset it"),
-        "attention_output_gate": (config.attention_output_gate, "Falcon-Edge's attention has no gate: unset it"),
-        "fp16": (config.fp16, "use bf16"),
-        "cross_entropy_fusion_impl": (
-            config.cross_entropy_loss_fusion and config.cross_entropy_fusion_impl == "te" and "te",
-            "Megatron warns that it is unstable: use 'native'",
-        ),
-    }
-    for name, (value, remedy) in unsupported.items():
-        if value:
-            raise ValueError(f"{name}={value!r} is not supported; {remedy}")
+    check_architecture(config, "Falcon-Edge")
+    refuse(
+        {
+            "use_mup": (config.use_mup, "Falcon-Edge has no multipliers: unset it"),
+            "attention_output_gate": (config.attention_output_gate, "Falcon-Edge's attention has no gate: unset it"),
+            "fp16": (config.fp16, "use bf16"),
+        }
+    )
     check_expressible(config, "Falcon-Edge")
+    check_cuda_graph(config)
     if config.softmax_scale is not None:
         raise ValueError(f"softmax_scale={config.softmax_scale!r} is not supported by Falcon-Edge; use None")
     modules = config.recompute_modules if config.recompute_granularity == "selective" else None
@@ -75,16 +70,4 @@ def _check_parallel_layout(config) -> None:
             f"num_query_groups={config.num_query_groups} and ffn_hidden_size={config.ffn_hidden_size}: use one of "
             f"{sizes}"
         )
-    uneven = (
-        config.num_layers_in_first_pipeline_stage is not None
-        or config.num_layers_in_last_pipeline_stage is not None
-        or config.pipeline_model_parallel_layout is not None
-        or config.account_for_embedding_in_pipeline_split
-        or config.account_for_loss_in_pipeline_split
-    )
-    stages = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
-    if config.num_layers % stages and not uneven:
-        raise ValueError(
-            f"num_layers={config.num_layers} does not split evenly over {stages} pipeline stages: set "
-            "num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage or pipeline_model_parallel_layout"
-        )
+    check_pipeline(config)

@@ -1,9 +1,12 @@
 """The MLP of Falcon-H1: SwiGLU with a multiplier on the gate and one on the output."""
 
+from functools import partial
+
 import torch
 from megatron.core.transformer.mlp import MLP
 
-from falcon_bridge.ops.elementwise import scaled_swiglu
+from falcon_bridge.ops.elementwise import recompute_scaled_swiglu, scaled_swiglu
+from falcon_bridge.ops.recomputed import recompute_before_backward_of
 
 
 class FalconH1MLP(MLP):
@@ -28,4 +31,12 @@ class FalconH1MLP(MLP):
             raise ValueError("per_token_scale belongs to mixtures of experts, which Falcon-H1 does not have")
         gate_multiplier, down_multiplier = self.config.mlp_multipliers
         gate_up, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(scaled_swiglu(gate_up, gate_multiplier, down_multiplier))
+        gated = scaled_swiglu(gate_up, gate_multiplier, down_multiplier)
+        output, bias = self.linear_fc2(gated)
+        recomputed = self.config.recompute_granularity == "selective" and "mlp" in self.config.recompute_modules
+        if self.config.recompute_gates and not recomputed:
+            multipliers = {"gate_scale": gate_multiplier, "out_scale": down_multiplier}
+            recompute_before_backward_of(
+                output, gated, partial(recompute_scaled_swiglu, x=gate_up.detach(), **multipliers)
+            )
+        return output, bias

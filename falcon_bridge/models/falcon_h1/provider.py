@@ -1,48 +1,30 @@
 """Provider of Falcon-H1 models: a GPTModelProvider with an SSM branch, µP multipliers and a layer pattern."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from megatron.bridge.models.gpt_provider import GPTModelProvider
-
-from falcon_bridge.models.build import (
-    build_model,
-    default_transformer_impl,
-    runs_transformer_engine,
-    settle_execution,
-)
+from falcon_bridge.models.build import settle_execution
 from falcon_bridge.models.falcon_h1.layer_specs import falcon_h1_block_spec
 from falcon_bridge.models.falcon_h1.model import FalconH1Model
 from falcon_bridge.models.falcon_h1.pattern import resolve_pattern
 from falcon_bridge.models.falcon_h1.validation import check_supported
+from falcon_bridge.models.provider import FalconModelProvider
 from falcon_bridge.training.flops import falcon_h1_flops
 
 
 @dataclass
-class FalconH1ModelProvider(GPTModelProvider):
+class FalconH1ModelProvider(FalconModelProvider):
     """Configuration and factory of a Falcon-H1 model.
 
-    Attributes beyond those of `GPTModelProvider`:
+    Attributes beyond those of `FalconModelProvider`:
         conv_kernel: Taps of the causal convolution (`mamba_d_conv`).
         chunk_size: Chunk of the fused scan; changes speed, not results (`mamba_chunk_size`).
         gated_norm: RMSNorm behind the SSM's gate (`mamba_rms_norm`).
         ssm_backend: "auto" takes mamba-ssm's kernels on GPU and pure torch on CPU; "torch" is pure torch anywhere.
         recompute_mixer: Keep only the input of each mixer for the backward pass and run both branches again there.
             Megatron's `recompute_modules` admits no name for it; it combines with "mlp" and "layernorm" of that list.
-        use_bitnet: BitNet b1.58: ternary weights and int8 activations in the projections of attention, SSM and MLP
-            (`bitnet.modules.TERNARY_MODULES`). Parameters and checkpoints are those of the dense model.
-        bitnet_backend: What computes them (`bitnet.backends.CHOICES`); "auto" takes fused kernels on GPU and pure
-            torch on CPU.
-        bitnet_gradient_accumulation_fusion: Add their weights' gradients to Megatron's `main_grad` as they are
-            computed, which needs no APEX, unlike `gradient_accumulation_fusion` of the other layers.
-        bitnet_warmup_steps: Training steps over which a dense model becomes a ternary one
-            (`bitnet.callbacks.QuantizationWarmup`).
-        fuse_linear_cross_entropy: Compute the loss from the hidden states, the logits of a chunk of tokens at a time
-            (`ops.linear_cross_entropy`): no tensor of all logits is held. `cross_entropy_loss_fusion` is moot then.
-        max_position_embeddings: Context that the model claims in its Hugging Face config; `seq_length` where None.
-            Training at another `seq_length` does not change it.
-        bos_token_id, eos_token_id, pad_token_id: For the exported Hugging Face config.
+        recompute_gates: Do not keep what SwiGLU and, with mamba-ssm's kernels, the SSM's gate give to the next linear
+            layer, but compute it again from what is kept anyway: a sixth of the activations for some 2 % of the time.
         layer_pattern: One symbol a layer (`pattern.SYMBOLS`), or None for the ratios.
         parallel_ratio, mamba_ratio, attention_ratio, mlp_ratio: Shares of the kinds of layers; all 0 means parallel
             hybrid blocks throughout, as in every released model.
@@ -51,25 +33,11 @@ class FalconH1ModelProvider(GPTModelProvider):
     `num_attention_heads` and `mamba_num_heads` are independent and may be 0 (not both).
     """
 
-    normalization: str = "RMSNorm"
-    gated_linear_unit: bool = True
-    activation_func: object = torch.nn.functional.silu
-    add_bias_linear: bool = False
-    add_qkv_bias: bool = False
-    position_embedding_type: Literal["rope"] = "rope"
+    model_class = FalconH1Model
+
     rotary_base: float = 1e11
-    layernorm_epsilon: float = 1e-5
-    hidden_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    init_method_std: float = 0.02
-    share_embeddings_and_output_weights: bool = False
-    should_pad_vocab: bool = True
     is_hybrid_model: bool = True
-    transformer_impl: str = field(default_factory=default_transformer_impl)
     transformer_layer_spec: object = falcon_h1_block_spec
-    apply_rope_fusion: bool = field(default_factory=runs_transformer_engine)
-    fused_residual_rmsnorm: bool = field(default_factory=runs_transformer_engine)
-    bias_dropout_fusion: bool = True
     bias_activation_fusion: bool = False
 
     mamba_num_heads: int = 24
@@ -81,16 +49,7 @@ class FalconH1ModelProvider(GPTModelProvider):
     gated_norm: bool = True
     ssm_backend: Literal["auto", "mamba_ssm", "torch"] = "auto"
     recompute_mixer: bool = False
-    use_bitnet: bool = False
-    bitnet_backend: Literal["auto", "reference", "onebitllms", "fused"] = "auto"
-    bitnet_warmup_steps: int = 0
-    bitnet_gradient_accumulation_fusion: bool = True
-
-    fuse_linear_cross_entropy: bool = True
-    max_position_embeddings: int | None = None
-    bos_token_id: int | None = 1
-    eos_token_id: int | list[int] | None = 11
-    pad_token_id: int | None = 0
+    recompute_gates: bool = False
 
     layer_pattern: str | None = None
     parallel_ratio: float = 0.0
@@ -147,12 +106,6 @@ class FalconH1ModelProvider(GPTModelProvider):
         # layers of different kinds have different parameters: they cannot be stacked in a checkpoint
         self.hetereogenous_dist_checkpoint = len(set(self.resolve_layer_pattern())) > 1
         super().finalize()
-
-    def provide(
-        self, pre_process: bool | None = None, post_process: bool | None = None, vp_stage: int | None = None
-    ) -> FalconH1Model:
-        """Build this rank's part of the model; see `models.build.build_model`."""
-        return build_model(self, FalconH1Model, pre_process, post_process, vp_stage)
 
     def _get_num_floating_point_operations_with_runtime_stats(
         self, batch_size: int, seqlen_sum: int | None = None, seqlen_squared_sum: int | None = None, **_

@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +14,27 @@ from torch import Tensor
 
 from falcon_bridge.compat.mamba import have_mamba_ssm, mamba_ssm_optional
 from falcon_bridge.models.falcon_h1.context_parallel import GatheredGroups
+from falcon_bridge.models.falcon_h1.head_parallel import cut_of
 from falcon_bridge.models.falcon_h1.norm import GroupedRMSNorm
 from falcon_bridge.ops.conv1d import causal_conv1d
 from falcon_bridge.ops.elementwise import scale_segments
+from falcon_bridge.ops.recomputed import recompute_before_backward_of
 from falcon_bridge.ops.ssd.chunked import ssd_chunked
 from falcon_bridge.ops.ssm_scan import SSMShape, ssm_scan
+
+
+class _Scanned(NamedTuple):
+    """What either scan gives.
+
+    Attributes:
+        y: `[s, b, d_ssm/tp/cp]`.
+        complete: Whether norm and output multiplier are in it.
+        again: Writes y again into the tensor that it is given, where that is cheap.
+    """
+
+    y: Tensor
+    complete: bool
+    again: Callable[[Tensor], None] | None = None
 
 
 class FalconH1MambaMixer(MambaMixer):
@@ -105,16 +123,25 @@ class FalconH1MambaMixer(MambaMixer):
         Raises:
             ValueError: For packed rows under context parallelism without Transformer Engine.
         """
-        if packed_seq_params is not None and self.cp.cp_size > 1 and mamba_context_parallel.tex is None:
+        if cut_of(packed_seq_params) is not None and self.cp.cp_size > 1 and mamba_context_parallel.tex is None:
             raise ValueError(
                 "packed rows under context parallelism need Transformer Engine, which knows how they are cut: set "
                 "context_parallel_size=1, or install falcon-bridge[gpu]"
             )
         zxbcdt, _ = self.in_proj(hidden_states)
-        zxbcdt = self.cp.pre_conv_ssm(zxbcdt, packed_seq_params)
+        zxbcdt = self.cp.pre_conv_ssm(zxbcdt, cut_of(packed_seq_params))
         packed_seq_params = _covering_the_row(packed_seq_params, zxbcdt.shape[0])
         scan = self._ssm_fused if self._use_mamba_ssm(zxbcdt) else self._ssm_torch
-        return self.out_proj(scan(zxbcdt, packed_seq_params))
+        scanned = scan(zxbcdt, None if packed_seq_params is None else packed_seq_params.seq_idx)
+        y = self.cp.post_conv_ssm(scanned.y, cut_of(packed_seq_params))
+        if not scanned.complete:
+            out_scale = self.config.ssm_out_multiplier
+            y = self.norm(y, out_scale) if self.config.gated_norm else y if out_scale == 1.0 else y * out_scale
+        output, bias = self.out_proj(y)
+        recompute = self.config.recompute_gates and not self.config.recompute_mixer
+        if recompute and y is scanned.y and scanned.again is not None:
+            recompute_before_backward_of(output, y, scanned.again)
+        return output, bias
 
     def _segment_scales(self) -> tuple[float, ...]:
         return tuple(self.config.ssm_in_multiplier * multiplier for multiplier in self.config.ssm_multipliers)
@@ -130,13 +157,13 @@ class FalconH1MambaMixer(MambaMixer):
             )
         return True
 
-    def _ssm_fused(self, zxbcdt: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor:
+    def _ssm_fused(self, zxbcdt: Tensor, seq_idx: Tensor | None) -> _Scanned:
         """`_ssm_torch` by mamba-ssm's kernels and fused gate and norm."""
         cp, config = self.cp, self.config
         # groups that span ranks, or that context parallelism gathers behind the scan, are normalised by the module
-        fuse_norm = config.gated_norm and cp.cp_size == 1 and not self.norm.spans_ranks
-        norm_apart = config.gated_norm and not fuse_norm
-        y = ssm_scan(
+        complete = not config.gated_norm or (cp.cp_size == 1 and not self.norm.spans_ranks)
+        fuse_norm = config.gated_norm and complete
+        y, again = ssm_scan(
             zxbcdt,
             cp.get_conv1d_weight().squeeze(1),
             cp.get_conv1d_bias(),
@@ -151,18 +178,17 @@ class FalconH1MambaMixer(MambaMixer):
                 d_state=cp.d_state,
                 chunk_size=self.chunk_size,
                 scales=self._segment_scales(),
-                out_scale=1.0 if norm_apart else config.ssm_out_multiplier,
+                out_scale=config.ssm_out_multiplier if complete else 1.0,
                 norm_width=self.norm.group_width if fuse_norm else None,
                 eps=config.layernorm_epsilon,
             ),
-            None if packed_seq_params is None else packed_seq_params.seq_idx,
+            seq_idx,
         )
-        y = cp.post_conv_ssm(y, packed_seq_params)
-        return self.norm(y, config.ssm_out_multiplier) if norm_apart else y
+        return _Scanned(y, complete, again)
 
-    def _ssm_torch(self, zxbcdt: Tensor, packed_seq_params: PackedSeqParams | None) -> Tensor:
-        """Conv, scan, gate and norm in pure torch: `[s, b, ·]` to `[s/cp, b, d_ssm/tp]`, fp32 inside."""
-        cp, seq_idx = self.cp, None if packed_seq_params is None else packed_seq_params.seq_idx
+    def _ssm_torch(self, zxbcdt: Tensor, seq_idx: Tensor | None) -> _Scanned:
+        """Conv, scan and gate in pure torch: `[s, b, ·]` to `[s, b, d_ssm/tp/cp]`, fp32 inside."""
+        cp = self.cp
         bc = cp.ngroups_local_tpcp * cp.d_state
         widths = [cp.d_inner_local_tpcp, cp.d_inner_local_tpcp, bc, bc, cp.nheads_local_tpcp]
         zxbcdt = scale_segments(zxbcdt, widths, self._segment_scales()).transpose(0, 1)
@@ -182,12 +208,8 @@ class FalconH1MambaMixer(MambaMixer):
             chunk_size=None,
             seq_idx=seq_idx,
         )
-        gated = (y.flatten(-2) * F.silu(z)).transpose(0, 1).contiguous()
-        gated = cp.post_conv_ssm(gated, packed_seq_params)
-        out_scale = self.config.ssm_out_multiplier
-        if self.config.gated_norm:
-            return self.norm(gated, out_scale)
-        return gated if out_scale == 1.0 else gated * out_scale
+        gated = y.flatten(-2) * F.silu(z)
+        return _Scanned(gated.transpose(0, 1).contiguous(), complete=False)
 
 
 def _with_pseudo_groups(config, tp_size: int):

@@ -3,7 +3,14 @@
 from megatron.core.tensor_parallel.random import HAVE_TE
 
 from falcon_bridge.bitnet.validation import check_bitnet
-from falcon_bridge.models.build import check_expressible
+from falcon_bridge.models.build import (
+    check_architecture,
+    check_cuda_graph,
+    check_expressible,
+    check_pipeline,
+    refuse,
+)
+from falcon_bridge.models.falcon_h1.head_parallel import HEADS
 from falcon_bridge.models.falcon_h1.pattern import ATTENTION, MAMBA, MLP, PARALLEL
 
 
@@ -24,41 +31,31 @@ def check_supported(config) -> None:
     _check_recompute(config, pattern)
     check_bitnet(config)
     _check_fp8(config, pattern)
-    unsupported = {
-        "num_moe_experts": (config.num_moe_experts, "Falcon-H1 is dense: leave it unset"),
-        "multi_latent_attention": (config.multi_latent_attention, "Falcon-H1 has grouped-query attention: unset it"),
-        "mtp_num_layers": (config.mtp_num_layers, "multi-token prediction is not supported: unset it"),
-        "use_mup": (config.use_mup, "Falcon-H1 has multipliers of its own (mup.falcon_h1_multipliers): unset it"),
-        "add_bias_linear": (config.add_bias_linear, "Falcon-H1's linear layers have no bias: set it to False"),
-        "add_qkv_bias": (config.add_qkv_bias, "Falcon-H1's linear layers have no bias: set it to False"),
-        "qk_layernorm": (config.qk_layernorm, "Falcon-H1 normalises neither queries nor keys: set it to False"),
-        "rope_scaling": (config.rope_scaling, "RoPE scaling is not supported: set it to False"),
-        "fp16": (config.fp16, "fp16 overflows in the SSM: use bf16"),
-        "window_size": (config.window_size, "Falcon-H1's attention sees the whole document: unset it"),
-        "attention_output_gate": (config.attention_output_gate, "Falcon-H1's attention has no gate: set it to False"),
-        "cross_entropy_fusion_impl": (
-            config.cross_entropy_loss_fusion and config.cross_entropy_fusion_impl == "te" and "te",
-            "Megatron warns that it is unstable: use 'native'",
-        ),
-        "cuda_graph_impl": (
-            config.cuda_graph_impl != "none" and config.cuda_graph_impl,
-            "CUDA graphs have not been shown to be right for Falcon-H1's mixer: set it to 'none'",
-        ),
-        "enable_cuda_graph": (config.enable_cuda_graph, "see cuda_graph_impl: set it to False"),
-        "external_cuda_graph": (config.external_cuda_graph, "see cuda_graph_impl: set it to False"),
-        "cpu_offloading": (
-            config.cpu_offloading,
-            "offloading has not been shown to be right for Falcon-H1's mixer: use recompute_granularity",
-        ),
-        "fine_grained_activation_offloading": (
-            config.fine_grained_activation_offloading,
-            "offloading has not been shown to be right for Falcon-H1's mixer: use recompute_granularity",
-        ),
-    }
-    for name, (value, remedy) in unsupported.items():
-        if value:
-            raise ValueError(f"{name}={value!r} is not supported; {remedy}")
+    check_architecture(config, "Falcon-H1")
+    refuse(
+        {
+            "use_mup": (config.use_mup, "Falcon-H1 has multipliers of its own (mup.falcon_h1_multipliers): unset it"),
+            "fp16": (config.fp16, "fp16 overflows in the SSM: use bf16"),
+            "attention_output_gate": (
+                config.attention_output_gate,
+                "Falcon-H1's attention has no gate: set it to False",
+            ),
+            "fused_single_qkv_rope": (
+                config.fused_single_qkv_rope,
+                "it takes queries, keys and values in one, of which the values carry a multiplier: set it to False",
+            ),
+            "cpu_offloading": (
+                config.cpu_offloading,
+                "offloading has not been shown to be right for Falcon-H1's mixer: use recompute_granularity",
+            ),
+            "fine_grained_activation_offloading": (
+                config.fine_grained_activation_offloading,
+                "offloading has not been shown to be right for Falcon-H1's mixer: use recompute_granularity",
+            ),
+        }
+    )
     check_expressible(config, "Falcon-H1")
+    check_cuda_graph(config)
     for name, length in (("mlp_multipliers", 2), ("ssm_multipliers", 5)):
         if len(getattr(config, name)) != length:
             raise ValueError(f"{name} must hold {length} numbers, got {getattr(config, name)!r}")
@@ -93,6 +90,15 @@ def _check_recompute(config, pattern: str) -> None:
         )
     if granularity == "full" and config.recompute_mixer:
         raise ValueError("recompute_granularity='full' recomputes the mixers, too: set recompute_mixer=False")
+    if config.recompute_gates:
+        for name, nothing in (
+            ("recompute_granularity='full'", granularity == "full"),
+            ("recompute_mixer=True and 'mlp' in recompute_modules", config.recompute_mixer and "mlp" in modules),
+            ("use_bitnet=True, which keeps int8 codes of the gates' outputs", config.use_bitnet),
+            ("fp8, which keeps the gates' outputs in fp8", config.fp8),
+        ):
+            if nothing:
+                raise ValueError(f"recompute_gates=True would save nothing with {name}: set recompute_gates=False")
     attention = config.num_attention_heads > 0 and (PARALLEL in pattern or ATTENTION in pattern)
     present = {"core_attn": attention, "mlp": PARALLEL in pattern or MLP in pattern, "layernorm": True}
     for module in sorted(modules):
@@ -158,20 +164,7 @@ def _check_parallel_layout(config) -> None:
             f"divides groups·state = {groups * d_state}"
         )
     _check_context_parallel(config)
-    pp, layers = config.pipeline_model_parallel_size, config.num_layers
-    uneven = (
-        config.num_layers_in_first_pipeline_stage is not None
-        or config.num_layers_in_last_pipeline_stage is not None
-        or config.pipeline_model_parallel_layout is not None
-        or config.account_for_embedding_in_pipeline_split
-        or config.account_for_loss_in_pipeline_split
-    )
-    stages = pp * (config.virtual_pipeline_model_parallel_size or 1)
-    if layers % stages and not uneven:
-        raise ValueError(
-            f"num_layers={layers} does not split evenly over {stages} pipeline stages: set "
-            "num_layers_in_first_pipeline_stage / num_layers_in_last_pipeline_stage or pipeline_model_parallel_layout"
-        )
+    check_pipeline(config)
 
 
 def _check_context_parallel(config) -> None:
@@ -184,9 +177,12 @@ def _check_context_parallel(config) -> None:
         )
     pattern = config.resolve_layer_pattern()
     attention = config.num_attention_heads > 0 and (PARALLEL in pattern or ATTENTION in pattern)
-    if cp > 1 and attention and config.transformer_impl == "transformer_engine" and not config.bf16:
+    if cp == 1 or not attention:
+        return
+    if config.cp_comm_type != HEADS and config.transformer_impl == "transformer_engine" and not config.bf16:
         raise ValueError(
-            "Transformer Engine's attention has context parallelism in bf16 only: use bf16, or context_parallel_size=1"
+            "Transformer Engine's attention has context parallelism in bf16 only: use bf16, cp_comm_type='a2a', which "
+            "splits heads, or context_parallel_size=1"
         )
 
 

@@ -1,5 +1,7 @@
 """Which layers get adapters, what is trained, and what the pieces of fused layers are."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -105,6 +107,8 @@ def test_magnitudes_stay_in_fp32(one_rank):  # noqa: F811
 def test_a_bitnet_model_has_no_adapters(one_rank):  # noqa: F811
     with pytest.raises(ValueError, match="adapters on a BitNet model are not supported"):
         build(LoRA(dim=4), use_bitnet=True)
+    with pytest.raises(ValueError, match="recompute_modules has 'layernorm'"):
+        LoRA(dim=4).check(SimpleNamespace(recompute_granularity="selective", recompute_modules=["layernorm"]))
 
 
 def test_modules_are_named_by_their_last_name_where_all_layers_have_them():

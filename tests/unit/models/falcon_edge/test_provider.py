@@ -51,6 +51,12 @@ def test_released_sizes_have_the_published_parameters(provider, parameters):
         ({"mtp_num_layers": 1}, "mtp_num_layers=1 is not supported"),
         ({"mtp_num_layers": 1, "use_bitnet": False}, "mtp_num_layers=1 is not supported"),
         ({"fp8": "hybrid"}, "fp8='hybrid' is not supported with use_bitnet=True"),
+        (
+            {"transformer_impl": "inference_optimized"},
+            "transformer_impl='inference_optimized' is not supported with use",
+        ),
+        ({"use_kitchen": True}, "use_kitchen=True is not supported with use_bitnet=True"),
+        ({"tp_comm_overlap": True}, "tp_comm_overlap=True is not supported with use_bitnet=True"),
         ({"bitnet_backend": "cublas"}, "bitnet_backend"),
         ({"use_bitnet": False, "bitnet_backend": "fused"}, "bitnet_backend='fused' would do nothing"),
         ({"qk_layernorm": True}, "qk_layernorm=True is not supported"),

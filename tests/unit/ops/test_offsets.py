@@ -1,0 +1,52 @@
+"""How far mamba-ssm's kernels reach, against the tensors and views that `ssm_scan` hands them."""
+
+import pytest
+import torch
+
+from falcon_bridge.ops.ssd.offsets import ADDRESSABLE, check_scan_offsets, scan_spans
+from falcon_bridge.ops.ssm_scan import SSMShape
+
+
+def widths(**fields) -> SSMShape:
+    shape = {"heads": 24, "head_dim": 64, "groups": 1, "d_state": 128, "chunk_size": 128, "scales": (1.0,) * 5}
+    return SSMShape(**{**shape, **fields})
+
+
+def span(view: torch.Tensor) -> int:
+    """Elements from the first of a view to its last."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("fields", [{}, {"groups": 2, "d_state": 64}, {"heads": 5, "head_dim": 32, "chunk_size": 96}])
+def test_views_span_no_more_than_is_said(rows, fields):
+    length, shape = 1000, widths(**fields)
+    said = scan_spans(rows, length, shape)
+    conv = torch.empty(length, rows, shape.segments[1], device="meta").transpose(0, 1)
+    bc = shape.groups * shape.d_state
+    assert all(span(view) <= span(conv) == said["the convolution's output"] for view in conv.split(
+        [shape.inner, bc, bc], dim=-1
+    ))  # fmt: skip
+    chunks = -(-length // shape.chunk_size)
+    states = torch.empty(rows, chunks, shape.heads, shape.head_dim, shape.d_state, device="meta")
+    assert span(states) == said["the states of the chunks"]
+
+
+def test_the_widest_tensor_decides():
+    # one more token than fits, of a tensor that is the widest in its case
+    wide = widths()
+    length = ADDRESSABLE // (1536 + 2 * 128)
+    check_scan_offsets(1, length, wide)
+    check_scan_offsets(2, length // 2, wide)
+    for rows, tokens in ((1, length + 1), (2, length // 2 + 1)):
+        with pytest.raises(ValueError, match=rf"{rows} rows of {tokens} tokens .* the convolution's output spans"):
+            check_scan_offsets(rows, tokens, wide)
+    # short chunks have many states
+    with pytest.raises(ValueError, match="the states of the chunks"):
+        check_scan_offsets(1, length, widths(chunk_size=16))
+    with pytest.raises(ValueError, match="the products of C and B"):
+        check_scan_offsets(1, length, widths(groups=24, d_state=16, chunk_size=1024))
+
+
+def test_an_offset_just_within_reach_is_an_int32():
+    assert torch.iinfo(torch.int32).max == ADDRESSABLE - 1
