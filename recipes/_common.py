@@ -4,7 +4,7 @@ The one file that imports Bridge's private recipe helpers.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron.bridge.data.builders import ChatSFTPreprocessingConfig, GPTSFTDatasetConfig
 from megatron.bridge.data.packing import PackedSequenceSpecs
@@ -15,10 +15,14 @@ from falcon_bridge.training.documents import separate_documents
 from falcon_bridge.training.sft_dataset import pad_multiple
 
 
+PRETRAIN_CUDA_GRAPH: Literal["none", "full_iteration"] = "none"
+"""``model.cuda_graph_impl`` of the GPU recipes that pretrain, where a model's iterations can be captured."""
+
+
 def pretrain_base(name: str, model: Any, *, seq_length: int) -> ConfigContainer:
     """Bridge's pretraining defaults around a provider; mock data until ``dataset.blend`` is set.
 
-    Documents of a row are kept apart, wherever that can be.
+    Documents of a row are kept apart.
 
     Args:
         name: names the output directory under ``nemo_experiments``.
@@ -27,12 +31,16 @@ def pretrain_base(name: str, model: Any, *, seq_length: int) -> ConfigContainer:
     """
     cfg = _pretrain_common()
     cfg.model, model.seq_length, cfg.dataset.seq_length = model, seq_length, seq_length
+    if model.pipeline_model_parallel_size == 1 and not model.fp8 and not model.bitnet_warmup_steps:
+        model.cuda_graph_impl = PRETRAIN_CUDA_GRAPH
     # mock data needs a vocabulary only; real data comes with its tokenizer
     cfg.tokenizer.tokenizer_type = "NullTokenizer"
     cfg.tokenizer.vocab_size = model.vocab_size - 1
     cfg.tokenizer.use_tokenizer_vocab_size = False
-    # not under context parallelism, which would cut each document into 2·CP equal parts
-    separate_documents(cfg, on=(model.context_parallel_size or 1) == 1)
+    if (model.context_parallel_size or 1) > 1:
+        # heads are split, for otherwise each document would be cut into 2·CP equal parts
+        model.cp_comm_type = "a2a"
+    separate_documents(cfg)
     return _with_output(cfg, name)
 
 
@@ -111,6 +119,7 @@ def on_cpu(cfg: ConfigContainer) -> ConfigContainer:
         `cfg`.
     """
     cfg.mixed_precision = None
+    cfg.model.cuda_graph_impl = "none"
     cfg.optimizer.bf16 = False
     cfg.dist.distributed_backend = "gloo"
     cfg.dist.disable_jit_fuser = True

@@ -12,7 +12,7 @@ from falcon_bridge.training.sft_dataset import check_sft_dataset, sync_sft_datas
 from falcon_bridge.training.vocabulary import check_tokenizer, check_vocabulary, largest_token
 
 
-__all__ = ["check_dataset", "use_dataset", "use_sft_dataset"]
+__all__ = ["check_dataset", "prefixes", "use_dataset", "use_sft_dataset"]
 
 _SPLITS = ("training", "validation", "test")
 
@@ -78,7 +78,7 @@ def check_dataset(cfg: Any) -> None:
     if not hasattr(cfg.dataset, "blend"):
         return
     check_documents(cfg)
-    for prefix, splits in _prefixes(cfg):
+    for prefix, splits in prefixes(cfg):
         check_files(prefix)
         if "://" in prefix:
             continue
@@ -116,7 +116,7 @@ def _check_context(cfg: Any) -> None:
         )
 
 
-def _prefixes(cfg: Any) -> list[tuple[str, dict[str, tuple[float, float]]]]:
+def prefixes(cfg: Any) -> list[tuple[str, dict[str, tuple[float, float]]]]:
     """The prefixes of the data, each with the bounds of the splits that the run takes from it."""
     from megatron.core.datasets.blended_megatron_dataset_config import (
         convert_split_vector_to_split_matrix,

@@ -41,16 +41,21 @@ def check_documents(cfg: Any) -> None:
         cfg: a ``ConfigContainer`` with a ``GPTDatasetConfig``.
 
     Raises:
-        UserError: under context parallelism, or for a pipeline with several rows at a time.
+        UserError: under context parallelism by other than heads, or for a pipeline with several rows at a time.
     """
+    from falcon_bridge.models.falcon_h1.head_parallel import HEADS
+    from falcon_bridge.models.falcon_h1.provider import FalconH1ModelProvider
+
     sync_documents(cfg)
     if not cfg.dataset.inter_document_masking:
         return
     off = "or dataset.inter_document_masking=false to let each row be one stream of text"
-    if (cfg.model.context_parallel_size or 1) > 1:
+    splits_heads = isinstance(cfg.model, FalconH1ModelProvider) and cfg.model.cp_comm_type == HEADS
+    if (cfg.model.context_parallel_size or 1) > 1 and not splits_heads:
         raise UserError(
-            "documents cannot be kept apart under context parallelism, which cuts each into 2·CP equal parts: set "
-            f"model.context_parallel_size=1, {off}"
+            "documents are kept apart under context parallelism where attention splits its heads, and otherwise each "
+            "would be cut into 2·CP equal parts: set model.cp_comm_type=a2a, or model.context_parallel_size=1, "
+            f"{off}"
         )
     rows = max(cfg.train.micro_batch_size, cfg.validation.eval_micro_batch_size or 1)
     if cfg.model.pipeline_model_parallel_size > 1 and rows > 1:

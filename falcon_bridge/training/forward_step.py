@@ -10,6 +10,14 @@ from megatron.bridge.training.state import GlobalState
 from megatron.core.models.gpt import GPTModel
 from megatron.core.utils import flatten_batch_for_packed_sequences
 
+from falcon_bridge.training.context_parallel import marked, rows_cut_whole
+from falcon_bridge.training.cuda_graph import is_captured
+from falcon_bridge.training.static_documents import packed_seq_params, static_documents
+
+
+# in eager steps, too, where it saves a wait for the device a micro-batch
+gpt_step.get_packed_seq_params = lambda metadata: marked(packed_seq_params(metadata))
+
 
 def forward_step(
     state: GlobalState, data_iterator: Iterator[dict[str, Any]], model: GPTModel, return_schedule_plan: bool = False
@@ -18,7 +26,8 @@ def forward_step(
 
     With ``cfg.dataset.inter_document_masking`` the rows of a micro batch become one packed row whose documents neither
     attend to each other nor share an SSM state; without it, and for packed fine-tuning data, which brings its own
-    borders, this is Megatron Bridge's ``gpt_step.forward_step``.
+    borders, this is Megatron Bridge's ``gpt_step.forward_step``. Where whole iterations become CUDA graphs, the row
+    has a fixed number of borders (`static_documents`).
 
     Args:
         state: of the run.
@@ -31,8 +40,12 @@ def forward_step(
     """
     batches = data_iterator
     if batches is not None and getattr(state.cfg.dataset, "inter_document_masking", False):
+        pack = static_documents.pack if is_captured(state.cfg) else pack_documents
         # Megatron's iterator that can run a step again has `next` only, no `iter`
-        batches = iter(lambda: pack_documents(next(data_iterator)), None)
+        batches = iter(lambda: pack(next(data_iterator)), None)
+        if (state.cfg.model.context_parallel_size or 1) > 1:
+            with rows_cut_whole():
+                return gpt_step.forward_step(state, batches, model, return_schedule_plan)
     return gpt_step.forward_step(state, batches, model, return_schedule_plan)
 
 

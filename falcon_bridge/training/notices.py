@@ -7,15 +7,17 @@ from falcon_bridge.bitnet.callbacks import unfinished_warmup
 from falcon_bridge.conversion.bitnet_checkpoint import LATENTS_ARE_LOST, weights_form
 from falcon_bridge.conversion.hf_checkpoint import check_checkpoint
 from falcon_bridge.conversion.megatron_checkpoint import is_megatron_checkpoint
+from falcon_bridge.training.cuda_graph import is_captured
+from falcon_bridge.training.document_counts import length_frequencies, room_for_documents
 
 
 def notices(cfg: Any) -> list[str]:
-    """One line each: the backend of ternary layers, latent weights that were lost, schedules that do not end.
+    """One line each: ternary layers' backend, lost latent weights, captured iterations, schedules that do not end.
 
     Args:
         cfg: a ``ConfigContainer``, its model finalized.
     """
-    return [*_bitnet(cfg), *_schedule(cfg)]
+    return [*_bitnet(cfg), *_graph(cfg), *_schedule(cfg)]
 
 
 def _bitnet(cfg: Any) -> list[str]:
@@ -34,6 +36,20 @@ def _bitnet(cfg: Any) -> list[str]:
         if weights_form(source.config, source.tensors) in ("bitnet", "bf16"):
             lines.append(f"{start} {LATENTS_ARE_LOST}")
     return lines
+
+
+def _graph(cfg: Any) -> list[str]:
+    if not is_captured(cfg):
+        return []
+    line = (
+        f"CUDA graph: forward and backward of a step are captured after {cfg.model.cuda_graph_warmup_steps} steps "
+        "(model.cuda_graph_warmup_steps) and replayed from then on; the norm of the gradient is checked for NaN, the "
+        "loss is not"
+    )
+    if getattr(cfg.dataset, "inter_document_masking", False):
+        room = room_for_documents(cfg.train.micro_batch_size, cfg.dataset.seq_length, length_frequencies(cfg))
+        line += f"; a micro-batch has room for {room:,} documents, and more end the run"
+    return [line]
 
 
 def _schedule(cfg: Any) -> list[str]:

@@ -202,6 +202,7 @@ def use_hf_model(cfg: Any, hf: str | Path, *, pretrained: str | Path | None = No
         "pipeline_model_parallel_size",
         "virtual_pipeline_model_parallel_size",
         "context_parallel_size",
+        "cp_comm_type",
         "sequence_parallel",
         "num_layers_in_first_pipeline_stage",
         "num_layers_in_last_pipeline_stage",
@@ -214,11 +215,14 @@ def use_hf_model(cfg: Any, hf: str | Path, *, pretrained: str | Path | None = No
         "recompute_modules",
         "calculate_per_token_loss",
         "fp32_residual_connection",
+        "cuda_graph_impl",
+        "cuda_graph_warmup_steps",
     )
     for name in kept:
         setattr(model, name, getattr(recipe, name))
-    if getattr(recipe, "recompute_mixer", False) and hasattr(model, "recompute_mixer"):
-        model.recompute_mixer = True
+    for name in ("recompute_mixer", "recompute_gates"):
+        if getattr(recipe, name, False) and hasattr(model, name):
+            setattr(model, name, True)
     if getattr(recipe, "use_bitnet", False) and hasattr(model, "use_bitnet"):
         model.use_bitnet = True
         model.bitnet_backend, model.bitnet_warmup_steps = recipe.bitnet_backend, recipe.bitnet_warmup_steps

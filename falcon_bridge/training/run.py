@@ -54,6 +54,7 @@ def configure(
     Raises:
         UserError: something of this cannot be used; the message says what to change.
     """
+    from falcon_bridge.training.cuda_graph import settle_cuda_graph
     from falcon_bridge.training.dataset import check_dataset, use_dataset
     from falcon_bridge.training.recipe import apply_overrides, load_recipe, use_hf_model
 
@@ -71,6 +72,7 @@ def configure(
 
         cfg.ft = FaultToleranceConfig()
     apply_overrides(cfg, overrides)
+    settle_cuda_graph(cfg)
     if files:
         check_dataset(cfg)
     if files or hf_path is None:
@@ -111,15 +113,19 @@ def is_finetuning(cfg: Any) -> bool:
 def check_start(cfg: Any) -> None:
     """Refuse a fine-tuning that has nothing to start from, or no data, and a logger that is not on this machine.
 
+    Settings that no override went through are settled as `configure` does it (`cuda_graph.settle_cuda_graph`).
+
     Args:
-        cfg: a ``ConfigContainer``.
+        cfg: a ``ConfigContainer``; changed in place.
 
     Raises:
         UserError: the message says what to give.
     """
+    from falcon_bridge.training.cuda_graph import settle_cuda_graph
     from falcon_bridge.training.loggers import check_loggers
 
     check_loggers(cfg)
+    settle_cuda_graph(cfg)
     if not is_finetuning(cfg):
         return
     from megatron.bridge.training.utils.checkpoint_utils import checkpoint_exists
@@ -223,6 +229,7 @@ def _pretrain(cfg: Any, on_event: Callable[[int, Any], None] | None = None) -> N
 
     from falcon_bridge.bitnet.callbacks import bitnet_callbacks
     from falcon_bridge.training.callbacks import StepReporter
+    from falcon_bridge.training.cuda_graph import GraphedIterations, forget_graphs, is_captured
     from falcon_bridge.training.forward_step import forward_step
     from falcon_bridge.training.launched import LaunchedReporter
 
@@ -233,12 +240,18 @@ def _pretrain(cfg: Any, on_event: Callable[[int, Any], None] | None = None) -> N
     # Bridge's figures are a GPT's, and it divides by the number of attention heads, which may be 0; ours: --dry-run
     no_figures = mock.patch.object(train_utils, "report_theoretical_memory", lambda *args, **kwargs: None)
     with cpu_runtime(), no_figures:
+        # what checks a step comes before what reports it
+        graphed = [GraphedIterations()] if is_captured(cfg) else []
         try:
-            run(cfg, forward_step, callbacks=[reporter, *bitnet_callbacks(cfg)])
+            run(cfg, forward_step, callbacks=[*graphed, reporter, *bitnet_callbacks(cfg)])
         except SystemExit as stop:
             # train.exit_interval and its like end the process once the checkpoint is written
             if stop.code:
                 raise
+        finally:
+            if graphed:
+                # where a signal, `train.exit_interval` or an error ended it; they hold on to communicators
+                forget_graphs()
 
 
 def _keep_hf_source(cfg: Any) -> None:

@@ -1,6 +1,7 @@
 """The attention branch of Falcon-H1, and scaled dot-product attention for machines without Transformer Engine."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
+
+from falcon_bridge.models.falcon_h1.head_parallel import RowsCutWhole
 
 
 class FalconH1SelfAttention(SelfAttention):
@@ -25,6 +28,17 @@ class FalconH1SelfAttention(SelfAttention):
         query, key, value, *rest = super().get_query_key_value_tensors(*args, **kwargs)
         scale = self.config.attention_in_multiplier * self.config.attention_out_multiplier
         return query, key, value if scale == 1.0 else value * scale, *rest
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None, *, packed_seq_params=None, **kwargs
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; arguments and result are those of Megatron's `SelfAttention`."""
+        if isinstance(packed_seq_params, RowsCutWhole):
+            # positions within documents are known where each rank has whole ones, in `HeadParallelAttention`
+            angles = kwargs.pop("rotary_pos_emb", None)
+            angles = angles if angles is None or isinstance(angles, tuple) else (angles, angles)
+            packed_seq_params = replace(packed_seq_params, rotary_pos_emb=angles, total_tokens=None)
+        return super().forward(hidden_states, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
 
 
 class TorchDotProductAttention(MegatronModule):
@@ -61,8 +75,8 @@ class TorchDotProductAttention(MegatronModule):
         super().__init__(config=config)
         if config.context_parallel_size > 1:
             raise ValueError(
-                "context parallelism of the attention branch needs Transformer Engine: set context_parallel_size=1, "
-                "or install falcon-bridge[gpu] and use transformer_impl='transformer_engine'"
+                "context parallelism of the attention branch needs Transformer Engine, or cp_comm_type='a2a', which "
+                "splits heads: set that, or context_parallel_size=1"
             )
         if attn_mask_type not in (AttnMaskType.causal, AttnMaskType.padding_causal) or attention_type != "self":
             raise ValueError(f"only causal self-attention is supported, got {attn_mask_type} and {attention_type!r}")

@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from falcon_bridge.bitnet.linear import BitNetColumnParallelLinear, BitNetRowParallelLinear
 from falcon_bridge.models.falcon_h1.attention import FalconH1SelfAttention, TorchDotProductAttention
+from falcon_bridge.models.falcon_h1.head_parallel import core_attention_under
 from falcon_bridge.models.falcon_h1.mixer import FalconH1Mixer, FalconH1MixerSubmodules
 from falcon_bridge.models.falcon_h1.mlp import FalconH1MLP
 from falcon_bridge.models.falcon_h1.norm import RMSNorm
@@ -159,7 +160,7 @@ def _attention(backend: Backend) -> ModuleSpec:
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.qkv_linear,
-            core_attention=backend.core_attention,
+            core_attention=core_attention_under(backend.core_attention),
             linear_proj=backend.row_parallel_linear,
         ),
     )

@@ -93,7 +93,7 @@ def test_every_recipe_fits_its_gpus(name):
 def test_pretraining_keeps_documents_apart(name):
     cfg = getattr(recipes, name)()
     assert cfg.tokenizer.vocab_size + 1 == cfg.model.vocab_size and cfg.peft is None
-    assert cfg.dataset.inter_document_masking == (cfg.model.context_parallel_size == 1)
+    assert cfg.dataset.inter_document_masking
     check_documents(cfg)
     long = "k_pretrain" in name
     tokens = cfg.train.global_batch_size * cfg.model.seq_length
@@ -303,14 +303,19 @@ def test_a_model_from_hugging_face_keeps_what_the_recipe_says_of_the_run(tmp_pat
     model = cfg.model
     assert model.hidden_size == 48 and model.calculate_per_token_loss and model.use_bitnet
     assert model.recompute_mixer and model.recompute_modules == ["mlp"] and model.seq_length == 16384
+    # a long stage, which starts from a checkpoint, keeps documents apart by split heads
+    cfg = load_recipe("falcon_h1_1p5b_128k_pretrain_config")
+    use_hf_model(cfg, hf)
+    assert (cfg.model.context_parallel_size, cfg.model.cp_comm_type) == (8, "a2a")
+    check_documents(cfg)
 
 
 @pytest.mark.parametrize(
     ("recipe", "longest"),
     [
-        ("500m", 2**31 // (2 * 1536 + 2 * 128 + 24)),  # in_proj's output is the widest
-        ("3b", 2**31 // (2 * 4096 + 2 * 256 + 32)),
-        ("34b", 4 * 2**31 // (2 * 4096 + 2 * 4 * 256 + 32)),  # TP 4: two ranks share a group's B and C
+        ("500m", 2**31 // (1536 + 2 * 128)),  # the convolution's output is the largest
+        ("3b", 2**31 // (4096 * 256) * 128),  # the states of chunks of 128 are
+        ("34b", 4 * 2**31 // (4096 * 4 // 4 * 256) * 128),  # TP 4
     ],
 )
 def test_rows_beyond_32_bit_offsets_are_refused(recipe, longest):

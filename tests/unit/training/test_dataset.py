@@ -257,14 +257,16 @@ def test_documents_apart_follow_the_layout(text):
     with pytest.raises(UserError, match=r"in a pipeline one row at a time, and train\.micro_batch_size=2"):
         check_dataset(apply_overrides(cfg, ["train.micro_batch_size=2"]))
     apply_overrides(cfg, ["model.pipeline_model_parallel_size=1", "model.context_parallel_size=2"])
-    with pytest.raises(UserError, match="cannot be kept apart under context parallelism"):
+    with pytest.raises(UserError, match=r"otherwise each would be cut .*: set model\.cp_comm_type=a2a, or"):
         check_dataset(cfg)
+    check_dataset(apply_overrides(cfg, ["model.cp_comm_type=a2a"]))
+    cfg.model.cp_comm_type = None
     check_dataset(apply_overrides(cfg, ["dataset.inter_document_masking=false"]))
 
 
-def test_recipes_keep_documents_apart_where_they_can():
+def test_recipes_keep_documents_apart():
     for name in recipes.RECIPES:
         cfg = load_recipe(name)
         if hasattr(cfg.dataset, "inter_document_masking"):
-            assert cfg.dataset.inter_document_masking == (cfg.model.context_parallel_size == 1), name
+            assert cfg.dataset.inter_document_masking, name
             check_dataset(cfg)

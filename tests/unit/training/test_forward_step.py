@@ -133,7 +133,7 @@ def state(apart):
     return SimpleNamespace(
         cfg=SimpleNamespace(
             dataset=SimpleNamespace(inter_document_masking=apart, skip_getting_attention_mask_from_dataset=True),
-            model=SimpleNamespace(virtual_pipeline_model_parallel_size=None),
+            model=SimpleNamespace(virtual_pipeline_model_parallel_size=None, context_parallel_size=1),
             rerun_state_machine=SimpleNamespace(check_for_nan_in_loss=False, check_for_spiky_loss=False),
         ),
         timers=Timer(),
