@@ -2,12 +2,13 @@
 
 Keys are the names of the modules that save the tensors, so that `saved_tensors.SavedTensors` can be held against them.
 A tensor that two modules save is counted where it is saved first. The code paths are those of
-``transformer_impl="transformer_engine"`` with mamba-ssm's fused kernel and no dropout.
+``transformer_impl="transformer_engine"`` with `ops.ssm_scan` on mamba-ssm's kernels and no dropout.
 """
 
 from typing import Any
 
-from falcon_bridge.training.shapes import LayerKind, RankShapes
+from falcon_bridge.ops.linear_cross_entropy import default_chunk_tokens
+from falcon_bridge.training.shapes import LayerKind, RankShapes, splits_heads
 
 
 _MIXER, _MLP = "self_attention", "mlp"
@@ -26,13 +27,13 @@ def saved_tensors(shapes: RankShapes, kind: LayerKind, model: Any) -> dict[str, 
     norm_output = _linear_input(shapes.sharded_tokens, shapes.hidden, shapes, model)  # split under SP
     if kind.attention or kind.mamba:
         saved["input_layernorm"] = norm_input
-    if kind.attention:
-        saved |= _attention(shapes, model)
-        saved[f"{_attention_module(model)}.linear_qkv"] = norm_output
     if kind.mamba:
         saved |= _mamba(shapes, model)
-        if not kind.attention or _ternary(model):  # else one tensor serves both branches
-            saved[f"{_MIXER}.mamba_mixer.in_proj"] = norm_output
+        saved[f"{_MIXER}.mamba_mixer.in_proj"] = norm_output
+    if kind.attention:
+        saved |= _attention(shapes, model)
+        if not kind.mamba or _ternary(model):  # else one tensor serves both branches
+            saved[f"{_attention_module(model)}.linear_qkv"] = norm_output
     if kind.mlp:
         saved["pre_mlp_layernorm"] = norm_input
         saved["mlp.linear_fc1"] = norm_output
@@ -56,25 +57,35 @@ def _attention_module(model: Any) -> str:
 
 def _attention(shapes: RankShapes, model: Any) -> dict[str, int]:
     # TE FusedAttnFunc: q and k behind RoPE, v (made contiguous to match them), its output, and an fp32 log-sum-exp a
-    # head; linear_proj's input is that output
-    elements, module = 2 * shapes.query + 2 * shapes.key, _attention_module(model)
-    saved = {f"{module}.core_attention": shapes.tokens * (elements * shapes.element + 4 * shapes.heads)}
-    if _ternary(model):
+    # head; linear_proj's input is that output, unless it comes from other ranks
+    elements, module = 2 * shapes.core_query + 2 * shapes.core_key, _attention_module(model)
+    core = f"{module}.core_attention" + ".core_attention" * splits_heads(model)
+    saved = {core: shapes.tokens * (elements * shapes.element + 4 * shapes.core_heads)}
+    if _ternary(model) or splits_heads(model):
         saved[f"{module}.linear_proj"] = _linear_input(shapes.tokens, shapes.query, shapes, model)
     return saved
 
 
 def _mamba(shapes: RankShapes, model: Any) -> dict[str, int]:
-    # MambaSplitConv1dScanCombinedFn: zxbcdt as [b, s, ·], and out_x, the scan's output before the gate; conv output,
-    # dt, chunk states and C·B are computed again in its backward
+    # ssm_scan: zxbcdt, and the scan's output before the gate; conv output, dt, chunk states and C·B are computed again
+    # in its backward
     saved = {
         f"{_MIXER}.mamba_mixer": shapes.ssm_tokens * (shapes.in_proj + shapes.ssm_inner) * shapes.element,
         f"{_MIXER}.mamba_mixer.out_proj": _linear_input(shapes.tokens, shapes.ssm_channels, shapes, model),
     }
-    if model.gated_norm:
+    rstd = 4 * shapes.tokens * model.mamba_num_groups
+    if _norm_apart(model):
         # GroupedRMSNorm in fp32: its input, which the square and the product save, the normed product, and rsqrt
-        saved[f"{_MIXER}.mamba_mixer.norm"] = shapes.tokens * (8 * shapes.ssm_channels + 4 * model.mamba_num_groups)
+        saved[f"{_MIXER}.mamba_mixer.norm"] = 8 * shapes.tokens * shapes.ssm_channels + rstd
+    elif model.gated_norm:
+        saved[f"{_MIXER}.mamba_mixer"] += rstd // model.tensor_model_parallel_size
     return saved
+
+
+def _norm_apart(model: Any) -> bool:
+    """Whether the gated norm is a module of its own: its groups span ranks, or are gathered behind the scan."""
+    spans = model.mamba_num_groups < model.tensor_model_parallel_size
+    return model.gated_norm and (spans or (model.context_parallel_size or 1) > 1)
 
 
 def kept_tensors(saved: dict[str, int], shapes: RankShapes, kind: LayerKind, model: Any) -> dict[str, int]:
@@ -92,10 +103,21 @@ def kept_tensors(saved: dict[str, int], shapes: RankShapes, kind: LayerKind, mod
         kept = {name: size for name, size in kept.items() if not name.startswith(_MIXER)}
         kept[_MIXER] = norm_output  # the checkpoint's input
     elif "core_attn" in modules and kind.attention:
-        # the checkpoint's inputs, of which v is a view that keeps the whole of linear_qkv's output; and its output,
-        # which is linear_proj's input
-        elements = shapes.query + shapes.key + (shapes.query + 2 * shapes.key) + shapes.query
-        kept[f"{_attention_module(model)}.core_attention"] = shapes.tokens * elements * shapes.element
+        # the checkpoint's inputs, of which v, unless it is scaled, is a view that keeps the whole of linear_qkv's
+        # output; and its output, which is linear_proj's input
+        scale = getattr(model, "attention_in_multiplier", 1.0) * getattr(model, "attention_out_multiplier", 1.0)
+        value = shapes.key if scale != 1.0 else shapes.query + 2 * shapes.key
+        elements, core = 2 * shapes.query + shapes.key + value, f"{_attention_module(model)}.core_attention"
+        if splits_heads(model):
+            # the output is counted with linear_proj already, and what travelled is sent again
+            elements -= shapes.query
+            del kept[f"{core}.core_attention"]
+        kept[core] = shapes.tokens * elements * shapes.element
+    if getattr(model, "recompute_gates", False):
+        # what the gates give, which the linear layers behind them save
+        if not (_norm_apart(model) or (model.context_parallel_size or 1) > 1):
+            kept.pop(f"{_MIXER}.mamba_mixer.out_proj", None)
+        kept.pop("mlp.linear_fc2", None)
     if "mlp" in modules and kind.mlp:
         kept = {name: size for name, size in kept.items() if name.split(".")[0] != _MLP}
         kept[_MLP] = norm_output
@@ -111,43 +133,50 @@ def recomputed_modules(model: Any) -> set[str]:
     return set(model.recompute_modules or ["core_attn"]) if model.recompute_granularity == "selective" else set()
 
 
-def backward_workspace(shapes: RankShapes, kind: LayerKind, model: Any) -> int:
-    """Bytes of the temporaries of the part of a layer whose backward needs most.
+def backward_workspace(shapes: RankShapes, kind: LayerKind, model: Any) -> dict[str, int]:
+    """Bytes of the temporaries of a layer's backward pass, at their most in each of its two parts.
 
     Args:
         shapes: of the rank.
         kind: of the layer.
         model: the provider.
+
+    Returns:
+        By part, ``self_attention`` and ``mlp``, those that the layer has.
     """
-    needs = [0]
+    needs = {}
+    # gradients of the residual stream, of the part's output and of its normed input
+    stream = shapes.sharded_tokens * shapes.hidden * (shapes.residual + 2 * shapes.element)
     if kind.mlp:
         # the gradients of linear_fc2's input and of linear_fc1's output, and linear_fc1's weight gradient
-        needs.append((shapes.tokens * 3 + 2 * shapes.hidden) * shapes.ffn * shapes.element)
+        needs[_MLP] = stream + (shapes.tokens * 3 + 2 * shapes.hidden) * shapes.ffn * shapes.element
     if kind.attention:
         # gradients of q, k, v, of the output and of linear_qkv's output; cuDNN adds up dq in fp32
-        needs.append(shapes.tokens * ((3 * shapes.query + 4 * shapes.key) * shapes.element + 4 * shapes.query))
+        query, key = shapes.core_query, shapes.core_key
+        attention = shapes.tokens * ((3 * query + 4 * key) * shapes.element + 4 * query)
+        needs[_MIXER] = stream + attention
     if kind.mamba:
-        needs.append(_mamba_workspace(shapes, model))
-    return max(needs)
+        needs[_MIXER] = max(needs.get(_MIXER, 0), stream + _mamba_workspace(shapes, model))
+    return needs
 
 
 def _mamba_workspace(shapes: RankShapes, model: Any) -> int:
     conv = shapes.ssm_inner + 2 * shapes.ssm_bc
     groups = shapes.ssm_bc // shapes.ssm_state
+    state = shapes.ssm_inner * shapes.ssm_state / shapes.ssm_chunk
     per_token = (
-        # dzxbcdt; conv output, its gradient and the convolution's
-        (shapes.in_proj + 3 * conv) * shapes.element
-        # _chunk_state_fwd and _chunk_scan_bwd_dstates in fp32, and both again in the model's dtype
-        + (8 + 2 * shapes.element) * shapes.ssm_inner * shapes.ssm_state / shapes.ssm_chunk
-        # C·B and its gradient within a chunk, fp32
-        + 8 * groups * shapes.ssm_chunk
-        # dt, its cumulative sums and their gradients, fp32
-        + 24 * shapes.ssm_heads
+        # dzxbcdt, the gradients of the gated and of the scan's output; conv output and its gradient
+        (shapes.in_proj + 2 * shapes.ssm_inner + 2 * conv) * shapes.element
+        # _state_passing_bwd: chunk states and their gradients in fp32, and both again in the model's dtype
+        + (8 + 2 * shapes.element) * state
+        # C·B within a chunk, fp32
+        + 4 * groups * shapes.ssm_chunk
+        # dt and its cumulative sum, fp32
+        + 8 * shapes.ssm_heads
     )
-    scan = shapes.ssm_tokens * per_token
     # GroupedRMSNorm's backward: four fp32 tensors of its width
-    norm = shapes.tokens * shapes.ssm_channels * 16 if model.gated_norm else 0
-    return int(max(scan, norm))
+    norm = 16 * shapes.tokens * shapes.ssm_channels if _norm_apart(model) else 0
+    return max(int(shapes.ssm_tokens * per_token), norm)
 
 
 def loss_workspace(shapes: RankShapes, model: Any) -> int:
@@ -157,11 +186,17 @@ def loss_workspace(shapes: RankShapes, model: Any) -> int:
         shapes: of the rank.
         model: the provider.
     """
-    logits = shapes.tokens * shapes.vocab
-    # forward: the logits, and the softmax in fp32 in the place of their fp32 copy; backward: that and the gradient
-    entropy = logits * (shapes.element + 4)
-    # then the masked padding's copy of the gradient, and the gradient of the output layer's weight
-    output_layer = 2 * logits * shapes.element + shapes.vocab * shapes.hidden * shapes.element
     # final norm's input, the output layer's input and its gradient
     hidden = 3 * shapes.tokens * shapes.hidden * shapes.element
+    # its gradient, or the placeholder that autograd sees where that is added to Megatron's buffer
+    weight = shapes.vocab * shapes.hidden * shapes.element
+    if getattr(model, "fuse_linear_cross_entropy", False):
+        # linear_cross_entropy: one chunk's logits, which become their gradient; three fp32 numbers a token
+        chunk = default_chunk_tokens(shapes.tokens, shapes.vocab, shapes.element)
+        return chunk * shapes.vocab * shapes.element + 12 * shapes.tokens + weight + hidden
+    logits = shapes.tokens * shapes.vocab
+    # logits in the model's dtype; softmax and gradient in fp32
+    entropy = logits * (shapes.element + 8)
+    # then the masked padding's copy of the gradient, and the gradient of the output layer's weight
+    output_layer = 2 * logits * shapes.element + weight
     return max(entropy, output_layer) + hidden

@@ -10,6 +10,7 @@ from falcon_bridge.errors import UserError
 from falcon_bridge.training.memory import estimate_memory
 
 
+_GATES = {"model.recompute_gates": True}
 _MIXER = {"model.recompute_mixer": True}
 _MIXER_MLP = {**_MIXER, "model.recompute_granularity": "selective", "model.recompute_modules": ["mlp"]}
 _FULL = {
@@ -83,7 +84,10 @@ def _candidates(cfg: Any) -> Iterator[dict[str, Any]]:
         {"model.tensor_model_parallel_size": model.tensor_model_parallel_size * n, "model.sequence_parallel": True}
         for n in (2, 4, 8)
     ]
-    context = [{"model.context_parallel_size": (model.context_parallel_size or 1) * n} for n in (2, 4, 8)]
+    # documents that end anywhere need split heads, which Falcon-H1 has
+    apart = getattr(cfg.dataset, "inter_document_masking", False) and hasattr(model, "d_ssm")
+    split = {"model.cp_comm_type": "a2a"} if apart and model.cp_comm_type != "a2a" else {}
+    context = [{"model.context_parallel_size": (model.context_parallel_size or 1) * n, **split} for n in (2, 4, 8)]
     pipeline = [{"model.pipeline_model_parallel_size": model.pipeline_model_parallel_size * n} for n in (2, 4, 8)]
     yield from recomputes
     yield from batches
@@ -105,7 +109,11 @@ def _recomputes(model: Any) -> list[dict[str, Any]]:
         return [full]
     if model.recompute_mixer:
         full["model.recompute_mixer"] = False
-    return [_MIXER, _MIXER_MLP, full]
+    if model.recompute_gates:
+        full["model.recompute_gates"] = False
+    dense = not (model.use_bitnet or model.fp8)
+    mixer_mlp = {**_MIXER_MLP, "model.recompute_gates": False} if model.recompute_gates else _MIXER_MLP
+    return [*([_GATES] if dense else []), _MIXER, mixer_mlp, full]
 
 
 def _changed(cfg: Any, changes: dict[str, Any]) -> SimpleNamespace:

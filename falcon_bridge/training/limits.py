@@ -1,9 +1,11 @@
 """Values that a training cannot have, found before it starts."""
 
 import math
+from types import SimpleNamespace
 from typing import Any, get_args
 
 from falcon_bridge.errors import UserError
+from falcon_bridge.ops.ssd.offsets import ADDRESSABLE, scan_spans
 
 
 _POSITIVE = (
@@ -172,12 +174,9 @@ def _check_peft(cfg: Any) -> None:
 
 
 def largest_scan_tensor(model: Any, tokens: int) -> int:
-    """Elements of the largest tensor that mamba-ssm's kernels index, on one rank.
+    """Elements that the largest of the tensors spans that mamba-ssm's kernels index, on one rank.
 
-    Its Triton kernels compute offsets in 32 bits (state-spaces/mamba issue 1015): into the views z, x, B, C and dt of
-    in_proj's output, which are as far apart as that is wide, into the states of the chunks, `[b, s/chunk, heads, head
-    size, state]`, and into the gradients of B and C, fp32 `[b, s, heads/heads a program, groups, state]`, which have
-    one part a group at these lengths. Context parallelism gives each rank the whole sequence and a share of the heads.
+    `ops.ssd.offsets` has them. Context parallelism gives each rank the whole sequence and a share of the heads.
 
     Args:
         model: a `FalconH1ModelProvider`.
@@ -186,12 +185,14 @@ def largest_scan_tensor(model: Any, tokens: int) -> int:
     if not model.mamba_num_heads:
         return 0
     ranks = model.tensor_model_parallel_size * (model.context_parallel_size or 1)
-    groups = max(1, model.mamba_num_groups // ranks)  # more ranks than groups: each has the whole of one
-    heads = model.mamba_num_heads // ranks
-    width = heads * model.mamba_head_dim
-    projected = 2 * width + 2 * groups * model.mamba_state_dim + heads
-    states = math.ceil(tokens / model.chunk_size) * width * model.mamba_state_dim
-    return max(tokens * projected, states)
+    widths = SimpleNamespace(
+        heads=model.mamba_num_heads // ranks,
+        head_dim=model.mamba_head_dim,
+        groups=max(1, model.mamba_num_groups // ranks),  # more ranks than groups: each has the whole of one
+        d_state=model.mamba_state_dim,
+        chunk_size=model.chunk_size,
+    )
+    return max(scan_spans(1, tokens, widths).values())
 
 
 def _check_scan_offsets(cfg: Any) -> None:
@@ -202,11 +203,11 @@ def _check_scan_offsets(cfg: Any) -> None:
     if not length or not rows or not on_gpu or getattr(model, "ssm_backend", "torch") == "torch":
         return
     size = largest_scan_tensor(model, rows * length)
-    if size >= 2**31:
+    if size > ADDRESSABLE:
         raise UserError(
             f"train.micro_batch_size={rows} rows of dataset.seq_length={length} tokens are too long for mamba-ssm's "
-            f"kernels: a tensor of {size:,} elements on a rank, of which they can address 2,147,483,648. Use a larger "
-            "model.context_parallel_size or model.tensor_model_parallel_size, or shorter rows"
+            f"kernels: a tensor of {size:,} elements on a rank, of which they can address {ADDRESSABLE:,}. Use a "
+            "larger model.context_parallel_size or model.tensor_model_parallel_size, or shorter rows"
         )
 
 

@@ -1,7 +1,7 @@
 """An estimate of a training step's memory on each pipeline rank, from the shapes of the model.
 
-It counts what torch's allocator hands out at its peak; the CUDA context, NCCL's buffers and fragmentation come on top
-(`RESERVE`). docs/training.md has it beside measured peaks.
+It counts what torch's allocator hands out at its peak (``torch.cuda.max_memory_allocated``). What comes on top of that
+is `RESERVE`. docs/training.md says how; benchmarks/memory_estimate.py holds it against measured peaks.
 """
 
 import math
@@ -19,12 +19,31 @@ from falcon_bridge.training.parameters import (
 from falcon_bridge.training.shapes import LayerKind, RankShapes, rank_shapes, stage_chunks
 
 
-__all__ = ["GPU_MEMORY", "RESERVE", "StageMemory", "count_parameters", "estimate_memory", "usable_memory"]
+__all__ = [
+    "CONTEXT",
+    "FRAGMENTATION",
+    "GPU_MEMORY",
+    "RESERVE",
+    "StageMemory",
+    "count_parameters",
+    "estimate_memory",
+    "usable_memory",
+]
 
 GPU_MEMORY = 79 * 2**30
 """What the driver reports of an "80 GB" H100, rounded down, in bytes."""
-RESERVE = 4 * 2**30
-"""Left for the CUDA context, NCCL and fragmentation, in bytes a GPU."""
+CONTEXT = 2 * 2**30
+"""Outside torch's allocator, in bytes a GPU: the CUDA context with its loaded kernels, NCCL's buffers."""
+FRAGMENTATION = 2 * 2**30
+"""Left for what the allocator holds but cannot hand out in one piece, in bytes a GPU."""
+RESERVE = CONTEXT + FRAGMENTATION
+"""Left free of what a rank's tensors take, in bytes a GPU."""
+
+_WORKSPACES = 2 * 32 * 2**20
+"""cuBLAS workspaces on Hopper, 32 MiB each, that torch and Transformer Engine keep in torch's allocator."""
+_ROUNDING = 0.015
+"""Share by which the allocator's blocks exceed the long-lived tensors in them: blocks from 10 MiB on are multiples of
+2 MiB, and rests under 1 MiB stay with the block."""
 
 
 def usable_memory() -> int:
@@ -45,7 +64,8 @@ class StageMemory:
         gradients: the accumulation buffers.
         optimizer: main weights (where the model's are not fp32) and Adam's two moments, this rank's shard.
         activations: what all micro-batches in flight keep for their backward passes.
-        workspace: the largest of logits with cross entropy, a layer's recomputation and its backward's temporaries.
+        workspace: the largest of logits with cross entropy, a layer's recomputation and its backward's temporaries;
+            then what libraries keep for themselves, CUDA graphs' static inputs and the allocator's rounding.
     """
 
     weights: int
@@ -78,10 +98,25 @@ def estimate_memory(cfg: Any, world_size: int) -> list[StageMemory]:
     """
     model = cfg.model
     shapes = rank_shapes(model, cfg.train.micro_batch_size, half=_precision(cfg)[0])
-    return [
-        StageMemory(*_state(cfg, world_size, stage), *_activations(cfg, world_size, stage, shapes))
-        for stage in range(model.pipeline_model_parallel_size)
-    ]
+    stages = []
+    for stage in range(model.pipeline_model_parallel_size):
+        state = _state(cfg, world_size, stage)
+        activations, workspace = _activations(cfg, world_size, stage, shapes)
+        workspace += _held(cfg, world_size) + int(_ROUNDING * sum(state))
+        stages.append(StageMemory(*state, activations, workspace))
+    return stages
+
+
+def _held(cfg: Any, world_size: int) -> int:
+    """Bytes that stay allocated for no tensor of the model."""
+    if cfg.model.cuda_graph_impl == "none":
+        return _WORKSPACES
+    # a graph has cuBLAS workspaces of its own, and reads tokens, labels, positions (int64), the mask (fp32) and the
+    # borders of documents (int32) of all micro-batches from buffers that each step's rows are copied into
+    validation = cfg.validation.eval_global_batch_size if cfg.validation.eval_iters else 0
+    rows = cfg.train.global_batch_size + (cfg.train.global_batch_size if validation is None else validation)
+    token = 3 * 8 + 4 + 4 * bool(getattr(cfg.dataset, "inter_document_masking", False))
+    return 2 * _WORKSPACES + rows // _replicas(cfg, world_size) * cfg.model.seq_length * token
 
 
 def _state(cfg: Any, world_size: int, stage: int) -> tuple[int, int, int]:
@@ -133,7 +168,7 @@ def _activations(cfg: Any, world_size: int, stage: int, shapes: RankShapes) -> t
         for count, chunk in zip(flights, chunks, strict=True)
     )
     kinds = {kind for chunk in chunks for kind in chunk}
-    workspace = [backward_workspace(shapes, kind, model) + _recomputed(model, shapes, kind) for kind in kinds]
+    workspace = [_backward(model, shapes, kind) for kind in kinds]
     if stage == pp - 1:
         workspace.append(loss_workspace(shapes, model))
     # point-to-point buffers: a hidden state and a gradient each way
@@ -144,8 +179,7 @@ def _activations(cfg: Any, world_size: int, stage: int, shapes: RankShapes) -> t
 def _in_flight(cfg: Any, world_size: int, stage: int) -> list[int]:
     """Micro-batches whose activations are held at once, for each virtual stage of a pipeline rank."""
     model, pp = cfg.model, cfg.model.pipeline_model_parallel_size
-    replicas = max(1, world_size // (model.tensor_model_parallel_size * pp * (model.context_parallel_size or 1)))
-    microbatches = max(1, cfg.train.global_batch_size // (cfg.train.micro_batch_size * replicas))
+    microbatches = max(1, cfg.train.global_batch_size // (cfg.train.micro_batch_size * _replicas(cfg, world_size)))
     virtual = model.virtual_pipeline_model_parallel_size if pp > 1 else None
     if not virtual:
         return [min(pp - stage, microbatches)]
@@ -156,6 +190,12 @@ def _in_flight(cfg: Any, world_size: int, stage: int) -> list[int]:
     for index in range(total):
         counts[index // group % virtual] += 1
     return counts
+
+
+def _replicas(cfg: Any, world_size: int) -> int:
+    model = cfg.model
+    layout = model.tensor_model_parallel_size * model.pipeline_model_parallel_size * (model.context_parallel_size or 1)
+    return max(1, world_size // layout)
 
 
 def kept_bytes(model: Any, shapes: RankShapes, chunk: list[LayerKind]) -> int:
@@ -192,16 +232,18 @@ def _adapters(cfg: Any, shapes: RankShapes, chunk: list[LayerKind]) -> int:
     )
 
 
-def _recomputed(model: Any, shapes: RankShapes, kind: LayerKind) -> int:
-    """Bytes that come back while a recomputed part of the model runs its backward pass."""
-    saved = saved_tensors(shapes, kind, model)
+def _backward(model: Any, shapes: RankShapes, kind: LayerKind) -> int:
+    """Bytes at the worst moment of a layer's backward beyond what is kept: what is recomputed, and temporaries."""
+    saved, temporaries = saved_tensors(shapes, kind, model), backward_workspace(shapes, kind, model)
     if model.recompute_granularity == "full":
         layers = model.recompute_num_layers if model.recompute_method == "uniform" else 1
-        return sum(saved.values()) * (layers or 1)
+        again = sum(saved.values()) * (layers or 1)
+        # the mixer's backward comes last, when what the MLP saved is gone
+        gone = {"self_attention": _of_part(saved, "mlp")}
+        return max(again - gone.get(part, 0) + size for part, size in temporaries.items())
     kept = kept_tensors(saved, shapes, kind, model)
-    parts = [{"self_attention"}, {"mlp"}]
-    return max(
-        sum(size for name, size in saved.items() if name.split(".")[0] in part)
-        - sum(size for name, size in kept.items() if name.split(".")[0] in part)
-        for part in parts
-    )
+    return max(_of_part(saved, part) - _of_part(kept, part) + size for part, size in temporaries.items())
+
+
+def _of_part(sizes: dict[str, int], part: str) -> int:
+    return sum(size for name, size in sizes.items() if name.split(".")[0] == part)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from falcon_bridge.models.falcon_h1.head_parallel import HEADS, HeadShare
 from falcon_bridge.models.falcon_h1.pattern import ATTENTION, MAMBA, MLP, PARALLEL
 
 
@@ -72,7 +73,9 @@ class RankShapes:
         element: bytes of an activation.
         residual: bytes of an element of the residual stream.
         hidden, ffn, vocab: widths; the vocabulary is padded.
-        heads, query, key: attention heads, and the widths of queries and of keys (or values).
+        query, key: widths of queries and of keys (or values).
+        core_heads, core_query, core_key: attention heads and the same widths within core attention, for one of
+            `tokens`: where context parallelism splits heads, some are copied and others made of zeros.
         ssm_heads, ssm_inner, ssm_bc, ssm_state, ssm_chunk: SSM heads, inner width, width of B (or C), state and chunk.
         ssm_channels: inner width on a tensor-parallel rank, before context parallelism.
     """
@@ -85,9 +88,11 @@ class RankShapes:
     hidden: int
     ffn: int
     vocab: int
-    heads: int
     query: int
     key: int
+    core_heads: int
+    core_query: int
+    core_key: int
     ssm_heads: int
     ssm_inner: int
     ssm_bc: int
@@ -118,6 +123,11 @@ def rank_shapes(model: Any, rows: int, *, half: bool) -> RankShapes:
     # more ranks than groups: each has the whole of one group, see `GatheredGroups`
     ssm_groups = max(1, model.mamba_num_groups // tp // cp) if mamba else 0
     inner = model.d_ssm // tp if mamba else 0
+    heads, keys = model.num_attention_heads // tp, max(1, groups // tp)
+    core_heads, core_keys = heads, keys
+    if splits_heads(model):
+        share = HeadShare.of(heads, keys, cp)
+        core_heads, core_keys = cp * share.heads, cp * share.groups
     return RankShapes(
         tokens=tokens,
         sharded_tokens=tokens // tp if model.sequence_parallel else tokens,
@@ -127,9 +137,11 @@ def rank_shapes(model: Any, rows: int, *, half: bool) -> RankShapes:
         hidden=model.hidden_size,
         ffn=model.ffn_hidden_size // tp,
         vocab=padded_vocab_size(model) // tp,
-        heads=model.num_attention_heads // tp,
-        query=model.num_attention_heads * head_dim // tp,
-        key=max(1, groups // tp) * head_dim,
+        query=heads * head_dim,
+        key=keys * head_dim,
+        core_heads=core_heads,
+        core_query=core_heads * head_dim,
+        core_key=core_keys * head_dim,
         ssm_heads=mamba // tp // cp,
         ssm_inner=inner // cp,
         ssm_bc=ssm_groups * model.mamba_state_dim if mamba else 0,
@@ -137,6 +149,12 @@ def rank_shapes(model: Any, rows: int, *, half: bool) -> RankShapes:
         ssm_chunk=model.chunk_size if mamba else 1,
         ssm_channels=inner,
     )
+
+
+def splits_heads(model: Any) -> bool:
+    """Whether context-parallel ranks have heads of attention each (`models.falcon_h1.head_parallel`)."""
+    cp = model.context_parallel_size or 1
+    return cp > 1 and hasattr(model, "d_ssm") and model.num_attention_heads > 0 and model.cp_comm_type == HEADS
 
 
 def padded_vocab_size(model: Any) -> int:

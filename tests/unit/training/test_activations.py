@@ -1,5 +1,7 @@
 """The formulas of saved tensors against what autograd keeps, where Megatron's local modules save what TE's do."""
 
+import copy
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from tests.unit.models.falcon_h1.test_model import build, run
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-ALIKE = ("linear_qkv", "in_proj", "out_proj", "norm", "linear_fc1", "mlp", "linear_fc2")
+ALIKE = ("linear_qkv", "in_proj", "out_proj", "linear_fc1", "mlp", "linear_fc2")
 LINEARS = ("linear_qkv", "linear_proj", "in_proj", "out_proj", "linear_fc1", "linear_fc2")
 ROWS, LENGTH = 2, 23
 
@@ -67,6 +69,17 @@ def by_module(saved, ternary):
         if tensor.new and not of_weight:
             found[name] = found.get(name, 0) + tensor.storage_bytes
     return found
+
+
+def test_a_norm_behind_gathered_heads_keeps_fp32():
+    model = small(layer_pattern="PM*-")
+    name, found = "self_attention.mamba_mixer.norm", by_module(measured(model), ternary=False)
+    shapes, apart = rank_shapes(model.config, ROWS, half=False), copy.copy(model.config)
+    apart.context_parallel_size = 2  # as everywhere on a CPU, the norm is a module of its own then
+    saved = [saved_tensors(shapes, kind, apart) for kind in layer_kinds(model.config)]
+    scaled_weights = 2 * 4 * model.config.d_ssm
+    assert sum(layer.get(name, 0) for layer in saved) == found[name] - scaled_weights > 0
+    assert name not in estimated(model)
 
 
 MLP = {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}

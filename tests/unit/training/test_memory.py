@@ -3,11 +3,14 @@ import math
 import pytest
 import torch
 
+from falcon_bridge.ops.linear_cross_entropy import MAX_LOGITS_BYTES
 from falcon_bridge.ranks import run_ranks
+from falcon_bridge.training.activations import kept_tensors, loss_workspace, saved_tensors
 from falcon_bridge.training.advice import advice, fewest_gpus, peak_memory
+from falcon_bridge.training.documents import check_documents
 from falcon_bridge.training.memory import count_parameters, estimate_memory, usable_memory
 from falcon_bridge.training.parameters import stage_parameters
-from falcon_bridge.training.shapes import padded_vocab_size, rank_shapes, stage_chunks
+from falcon_bridge.training.shapes import layer_kinds, padded_vocab_size, rank_shapes, stage_chunks
 
 
 GIB = 2**30
@@ -200,6 +203,81 @@ def test_context_and_sequence_parallelism_split_tokens():
     assert (split.query, split.key, split.ffn) == (one.query // 2, one.key // 2, one.ffn // 2)
 
 
+def test_split_heads_are_copied_where_there_are_fewer_than_ranks():
+    from falcon_bridge import FalconH1ModelProvider500M
+
+    # 8 query heads and 2 key-value heads of 64; 8 ranks with 512 tokens each, or all 4096 of one head
+    def model(**fields):
+        made = FalconH1ModelProvider500M(seq_length=4096, bf16=True, context_parallel_size=8, **fields)
+        made.finalize()
+        return made, rank_shapes(made, 1, half=True), layer_kinds(made)[0]
+
+    def of_attention(sizes):
+        return {
+            name: size for name, size in sizes.items() if ".attention." in name and not name.endswith("linear_qkv")
+        }
+
+    (ring, shapes, kind), (heads, split, _) = model(), model(cp_comm_type="a2a")
+    assert (shapes.core_query, shapes.core_key) == (shapes.query, shapes.key) == (512, 128)
+    assert (split.core_heads, split.core_query, split.core_key) == (8, 512, 512) and split.key == 128
+    core = "self_attention.attention.core_attention"
+    assert of_attention(saved_tensors(shapes, kind, ring)) == {core: 512 * (2 * (512 + 512 + 2 * 128) + 4 * 8)}
+    # linear_proj's input comes from other ranks
+    saved = saved_tensors(split, kind, heads)
+    of_projection = {"self_attention.attention.linear_proj": 512 * 2 * 512}
+    assert of_attention(saved) == {f"{core}.core_attention": 4096 * (2 * (64 + 64 + 2 * 64) + 4), **of_projection}
+    recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    heads, split, _ = model(cp_comm_type="a2a", **recompute)
+    kept = of_attention(kept_tensors(saved_tensors(split, kind, heads), split, kind, heads))
+    value = 128 if heads.attention_in_multiplier * heads.attention_out_multiplier != 1.0 else 512 + 2 * 128
+    assert kept == {core: 512 * 2 * (512 + 128 + value), **of_projection}
+
+
+def test_a_chunked_loss_does_not_grow_with_the_logits():
+    def workspace(rows, fused):
+        overrides = [f"train.micro_batch_size={rows}", f"model.fuse_linear_cross_entropy={str(fused).lower()}"]
+        cfg = recipe("falcon_h1_500m_pretrain_config", *overrides, "model.recompute_mixer=false")
+        shapes = rank_shapes(cfg.model, rows, half=True)
+        return loss_workspace(shapes, cfg.model), shapes
+
+    (small, shapes), (large, more) = workspace(4, True), workspace(8, True)
+    (small_plain, _), (large_plain, _) = workspace(4, False), workspace(8, False)
+    assert more.tokens == 2 * shapes.tokens
+    # three bf16 hidden states and three fp32 numbers a token, and at most 256 MiB of logits and their rounding
+    assert abs(large - small - shapes.tokens * (3 * 2 * shapes.hidden + 12)) < 2**20 * 2
+    assert (
+        MAX_LOGITS_BYTES < large < MAX_LOGITS_BYTES + 2 * shapes.vocab * shapes.hidden + 7 * more.tokens * more.hidden
+    )
+    # logits in bf16, their softmax and its gradient in fp32
+    assert large_plain - small_plain == shapes.tokens * (10 * shapes.vocab + 6 * shapes.hidden)
+
+
+def test_a_cuda_graph_has_buffers_of_its_own():
+    cfg = recipe("falcon_h1_500m_pretrain_config")
+    (eager,) = estimate_memory(cfg, 1)
+    cfg.model.cuda_graph_impl = "full_iteration"
+    (graph,) = estimate_memory(cfg, 1)
+    # the rows of all micro-batches, of steps and of validations, with a border for each token
+    tokens = cfg.train.global_batch_size * cfg.model.seq_length
+    assert graph.workspace - eager.workspace == 64 * 2**20 + 2 * 32 * tokens
+    cfg.validation.eval_iters, cfg.dataset.inter_document_masking = 0, False
+    (less,) = estimate_memory(cfg, 4)
+    cfg.model.cuda_graph_impl = "none"
+    assert less.workspace - estimate_memory(cfg, 4)[0].workspace == 64 * 2**20 + 28 * tokens // 4
+    cfg.model.cuda_graph_impl = "full_iteration"
+    (graph,) = estimate_memory(cfg, 1)
+    assert (graph.state, graph.activations) == (eager.state, eager.activations)
+
+
+def test_recomputed_gates_cost_what_they_gave(monkeypatch):
+    cfg = recipe("falcon_h1_500m_pretrain_config", "train.micro_batch_size=2", "dataset.seq_length=4096")
+    kept = peak_memory(cfg, 8)
+    cfg.model.recompute_gates = True
+    tokens, layers, d_ssm, ffn = 2 * 4096, 36, 1536, 2048
+    saved = layers * tokens * (d_ssm + ffn) * 2
+    assert 0.9 * saved < kept - peak_memory(cfg, 8) < 1.1 * saved
+
+
 def test_advice_is_true():
     cfg = recipe("falcon_h1_7b_pretrain_config")
     limit = 75 * GIB
@@ -219,6 +297,17 @@ def test_advice_lowers_the_micro_batch_of_a_long_row():
     found = advice(cfg, 1, 75 * GIB)
     assert found and any("train.micro_batch_size" in overrides for overrides, _, _ in found)
     assert all("tensor_model_parallel_size" not in overrides for overrides, _, _ in found)
+
+
+def test_advised_context_parallelism_keeps_documents_apart():
+    fields = ["dataset.seq_length=131072", "train.micro_batch_size=1", "train.global_batch_size=16"]
+    cfg = recipe("falcon_h1_3b_pretrain_config", *fields)
+    found = [one for one in advice(cfg, 8, 60 * GIB) if "context_parallel_size" in one[0]]
+    assert found
+    for overrides, ranks, peak in found:
+        changed = recipe("falcon_h1_3b_pretrain_config", *fields, *overrides.split())
+        check_documents(changed)
+        assert peak_memory(changed, ranks) == peak
 
 
 def test_limit_without_a_gpu_is_an_h100_less_a_reserve():
