@@ -1,13 +1,15 @@
 """Whole training steps on one GPU: transformers, Megatron Bridge's own falcon_h1, and falcon_bridge, in one run.
 
 A step is forward, backward and a fused AdamW over all parameters, bf16, random tokens, each side in a fresh process.
-Shapes and multipliers are the same for all sides. `--profile` adds what the kernels of falcon_bridge's step cost.
+Shapes and multipliers are the same for all sides. In "falcon_bridge, graph" Megatron captures forward and backward,
+as under `model.cuda_graph_impl=full_iteration`. `--profile` adds how long the GPU is busy, and with what.
 
     TRITON_CACHE_AUTOTUNING=1 python benchmarks/training_step.py --json steps.json
     python benchmarks/training_step.py --size 0.5B --side falcon_bridge --profile
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -58,7 +60,15 @@ SHAPES = {
     },
 }
 BATCH = {"0.5B": 4, "1.5B": 2}
-SIDES = ("transformers", "bridge", "falcon_bridge", "falcon_bridge, multipliers 1")
+GRAPH = ", graph"
+SIDES = {
+    "transformers": {},
+    "bridge": MULTIPLIERS,
+    "falcon_bridge": MULTIPLIERS,
+    f"falcon_bridge{GRAPH}": MULTIPLIERS,
+    f"falcon_bridge{GRAPH}, recompute_gates": {**MULTIPLIERS, "recompute_gates": True},
+    f"falcon_bridge{GRAPH}, multipliers 1": {},
+}
 HF_NAMES = {
     "num_layers": "num_hidden_layers",
     "num_query_groups": "num_key_value_heads",
@@ -97,7 +107,7 @@ def transformers_step(shape: dict, tokens):
     config._attn_implementation = "sdpa"
     with torch.device("cuda"):
         model = FalconH1ForCausalLM(config).to(torch.bfloat16)
-    return model.train(), lambda: model(input_ids=tokens, labels=tokens).loss
+    return model.train(), lambda tokens=tokens: model(input_ids=tokens, labels=tokens).loss
 
 
 def megatron_step(shape: dict, tokens, provider_class, **fields):
@@ -118,7 +128,7 @@ def megatron_step(shape: dict, tokens, provider_class, **fields):
     provider._pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     model = provider.provide(pre_process=True, post_process=True).cuda()
     positions = torch.arange(tokens.shape[1], device="cuda")[None].expand(*tokens.shape).contiguous()
-    return model.train(), lambda: model(tokens, positions, None, labels=tokens).float().mean()
+    return model.train(), lambda tokens=tokens: model(tokens, positions, None, labels=tokens).float().mean()
 
 
 def build(side: str, size: str, tokens):
@@ -126,28 +136,47 @@ def build(side: str, size: str, tokens):
     shape = SHAPES[size]
     if side == "transformers":
         return transformers_step(shape, tokens)
-    start_one_rank()
+    start_one_rank(graph_safe=GRAPH in side)
     if side == "bridge":
         import torch
         from megatron.bridge.models.falcon_h1.falconh1_provider import FalconH1ModelProvider
         from megatron.core.transformer.enums import AttnBackend
 
         extra = {"rmsnorm": False, "attention_backend": AttnBackend.auto, "activation_func": torch.nn.functional.silu}
-        return megatron_step(shape, tokens, FalconH1ModelProvider, **MULTIPLIERS, **extra)
+        return megatron_step(shape, tokens, FalconH1ModelProvider, **SIDES[side], **extra)
     from falcon_bridge import FalconH1ModelProvider
 
-    multipliers = MULTIPLIERS if side == "falcon_bridge" else {}
-    return megatron_step(shape, tokens, FalconH1ModelProvider, gated_norm=False, **multipliers)
+    return megatron_step(shape, tokens, FalconH1ModelProvider, gated_norm=False, **SIDES[side])
 
 
-def start_one_rank() -> None:
+def start_one_rank(graph_safe: bool = False) -> None:
     import torch
     from megatron.core import parallel_state, tensor_parallel
 
     store = tempfile.mkdtemp()
     torch.distributed.init_process_group("nccl", init_method=f"file://{store}/store", rank=0, world_size=1)
     parallel_state.initialize_model_parallel()
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
+    tensor_parallel.model_parallel_cuda_manual_seed(1, use_cudagraphable_rng=graph_safe)
+
+
+def captured(model, loss_of, tokens):
+    """Forward and backward as Megatron's loop runs them, from the third call on in its CUDA graph."""
+    from megatron.core.full_cuda_graph import FullCudaGraphWrapper
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    graph = FullCudaGraphWrapper(get_forward_backward_func(), cuda_graph_warmup_steps=2)
+    batches, (rows, length) = itertools.repeat({"tokens": tokens}), tokens.shape
+    sizes = {"num_microbatches": 1, "seq_length": length, "micro_batch_size": rows, "forward_only": False}
+
+    def forward_step(batches, model):
+        return loss_of(next(batches)["tokens"]), lambda loss: (loss, {"loss": loss.detach().clone()})
+
+    def forward_backward():
+        if graph.cuda_graph["training"] is None:  # replays write the gradients where the capture put them
+            model.zero_grad(set_to_none=True)
+        return graph(forward_step_func=forward_step, data_iterator=batches, model=model, **sizes)[0]["loss"]
+
+    return forward_backward
 
 
 def measure(side: str, size: str, seq_length: int, batch: int, profile: bool) -> dict:
@@ -160,37 +189,39 @@ def measure(side: str, size: str, seq_length: int, batch: int, profile: bool) ->
     model, loss_of = build(side, size, tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step():
+    def ordinary():
+        optimizer.zero_grad(set_to_none=True)
         loss = loss_of()
         loss.backward()
+        return loss
+
+    forward_backward = captured(model, loss_of, tokens) if GRAPH in side else ordinary
+
+    def step():
+        loss = forward_backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
         return loss
 
     step()
     torch.cuda.synchronize()
     first = time.perf_counter() - started
-    for _ in range(3):
-        step()
     torch.cuda.reset_peak_memory_stats()
+    for _ in range(3):  # of which a graph's capture is one: replays allocate nothing
+        step()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
-    steps = 8
-    for _ in range(steps):
+    for _ in range(8):
         loss = step()
     end.record()
     torch.cuda.synchronize()
-    milliseconds = start.elapsed_time(end) / steps
+    milliseconds = start.elapsed_time(end) / 8
     # how long the host takes to issue a step: where this is no less than the step, the GPU waits for launches
     issued = time.perf_counter()
     step()
     issued = time.perf_counter() - issued
     torch.cuda.synchronize()
-    result = {
-        "side": side,
-        "size": size,
-        "seq_length": seq_length,
-        "batch": batch,
+    result = {"side": side, "size": size, "seq_length": seq_length, "batch": batch}
+    result |= {
         "step_ms": milliseconds,
         "tokens_per_s": batch * seq_length / milliseconds * 1e3,
         "peak_GiB": torch.cuda.max_memory_allocated() / 2**30,
@@ -204,7 +235,7 @@ def measure(side: str, size: str, seq_length: int, batch: int, profile: bool) ->
 
 
 def kernels_of(step) -> dict:
-    """Milliseconds and launches of one step by category, and its 60 costliest kernels."""
+    """Milliseconds and launches of one step in all and by category, and its 60 costliest kernels."""
     import torch
 
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -221,6 +252,7 @@ def kernels_of(step) -> dict:
         total[1] += event.count
     top = sorted(events, key=lambda e: -e.self_device_time_total)[:60]
     return {
+        "busy_ms": sum(event.self_device_time_total for event in events) / 1e3,
         "by_category_ms_launches": categories,
         "top": [[round(e.self_device_time_total / 1e3, 3), e.count, e.key[:150]] for e in top],
     }
@@ -239,7 +271,7 @@ def in_fresh_process(arguments: argparse.Namespace, side: str, size: str) -> dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", action="append", choices=list(SHAPES))
-    parser.add_argument("--side", action="append", choices=SIDES)
+    parser.add_argument("--side", action="append", choices=list(SIDES))
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--profile", action="store_true")
@@ -253,7 +285,7 @@ def main() -> None:
     results = []
     for size in arguments.size or SHAPES:
         baseline = None
-        for side in arguments.side or SIDES[:3]:
+        for side in arguments.side or list(SIDES)[:4]:
             result = in_fresh_process(arguments, side, size)
             results.append(result)
             if arguments.json:
@@ -262,13 +294,11 @@ def main() -> None:
                 print(f"{size} {side}: FAILED\n{result['error']}", flush=True)
                 continue
             baseline = baseline or result["tokens_per_s"]
-            print(
-                f"{size} {side}: {result['step_ms']:.1f} ms, {result['tokens_per_s']:,.0f} tokens/s "
-                f"({result['tokens_per_s'] / baseline:.2f}×), peak {result['peak_GiB']:.1f} GiB, "
-                f"issued in {result['host_ms']:.0f} ms, "
-                f"first step after {result['first_step_s']:.0f} s, loss {result['loss']:.3f}",
-                flush=True,
-            )
+            busy = f", GPU busy {result['kernels']['busy_ms']:.0f} ms" if arguments.profile else ""
+            line = f"{size} {side}: {result['step_ms']:.1f} ms{busy}, {result['tokens_per_s']:,.0f} tokens/s "
+            line += f"({result['tokens_per_s'] / baseline:.2f}×), peak {result['peak_GiB']:.1f} GiB, issued in "
+            line += f"{result['host_ms']:.0f} ms, first step after {result['first_step_s']:.0f} s, "
+            print(f"{line}loss {result['loss']:.3f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.multi_gpu.cases import Case
-from benchmarks.multi_gpu.parity import CHECKPOINTS, a_batch
-from falcon_bridge.verification.checkpoints import write_random_checkpoint
+from benchmarks.multi_gpu.inputs import a_batch, ensure_checkpoint
 from tests.parallel.variant import Variant, identify
 
 
@@ -28,32 +27,34 @@ def several(world_size: int) -> dict[str | None, Variant]:
     }
 
 
-def rounds(world_size: int, directory: Path) -> list[tuple[int, list[Case]]]:
-    """(ranks, cases) in order: one rank writes, several read that and write, one reads that."""
-    name, overrides = CHECKPOINTS["two groups, tied"]
-    hf = write_random_checkpoint(directory / "hf", name, seed=5, **overrides)
+def cases(world_size: int, directory: Path) -> list[Case]:
+    """In order: one rank writes, several read that and write, one reads that."""
+    hf = directory / "two_groups,_tied"
 
     def writes(ranks: int, layouts: dict) -> list[Case]:
         return [
-            Case(f"written: {_name(layout)}", write, (hf, layout, kind, directory / f"{ranks}-{kind}"))
+            Case(f"written: {_name(layout)}", write, (hf, layout, kind, directory / f"{ranks}-{kind}"), ranks=ranks)
             for kind, layout in layouts.items()
         ]
 
-    def reads(ranks: int, layouts: dict, exact: bool = False) -> list[Case]:
+    def reads(written_on: int, ranks: int, layouts: dict, exact: bool = False) -> list[Case]:
         return [
             Case(
-                f"written on {ranks}, read: {_name(layout)}",
+                f"written on {written_on}, read: {_name(layout)}",
                 read,
-                (hf, layout, kind, directory / f"{ranks}-{kind}", exact),
+                (hf, layout, kind, directory / f"{written_on}-{kind}", exact),
+                ranks=ranks,
             )
             for kind, layout in layouts.items()
         ]
 
     many = several(world_size)
     return [
-        (1, writes(1, ONE)),
-        (world_size, [*reads(1, many), *writes(world_size, many), *reads(world_size, many, exact=True)]),
-        (1, reads(world_size, ONE)),
+        *writes(1, ONE),
+        *reads(1, world_size, many),
+        *writes(world_size, many),
+        *reads(world_size, world_size, many, exact=True),
+        *reads(world_size, 1, ONE),
     ]
 
 
@@ -66,7 +67,7 @@ def write(hf: Path, layout: Variant, sharding: str | None, directory: Path) -> d
     from falcon_bridge.verification.megatron import MegatronUnderTest
     from tests.parallel import states
 
-    first, batch = dist.get_rank() == 0, a_batch(hf, packed=False)
+    first, batch = dist.get_rank() == 0, a_batch(ensure_checkpoint(hf), None)
     model = MegatronUnderTest(hf, layout)
     optimizer = states.make_optimizer(model, distributed=layout.distributed_optimizer)
     before = _train(model, optimizer, batch, STEPS_BEFORE)
@@ -91,7 +92,7 @@ def read(hf: Path, layout: Variant, sharding: str | None, directory: Path, exact
     from falcon_bridge.verification.megatron import MegatronUnderTest
     from tests.parallel import states
 
-    batch = a_batch(hf, packed=False)
+    batch = a_batch(ensure_checkpoint(hf), None)
     model = MegatronUnderTest(hf, layout)
     optimizer = states.make_optimizer(model, distributed=layout.distributed_optimizer)
     _load(model, optimizer, directory / "checkpoint", sharding)

@@ -28,10 +28,14 @@ def exposed(communication: Iterable[Interval], computation: Iterable[Interval]) 
     return length([*communication, *computation]) - length(computation)
 
 
-def communication_share(profile, steps: int, step_seconds: float) -> dict[str, float]:
-    """From a `torch.profiler.profile` of `steps` steps: NCCL's share of a step's time, whole and not overlapped.
+def shares_of_step(profile, steps: int, step_seconds: float) -> dict[str, float]:
+    """From a `torch.profiler.profile` of `steps` steps: what a step's time, measured without it, goes into.
 
     A kernel of NCCL also waits for the other ranks, so what they differ in is part of it.
+
+    Returns:
+        Shares of a step: `communication`, during which a kernel of NCCL runs; `communication_exposed`, the part of it
+        during which no other does; `idle`, during which none does, because the host has issued none.
     """
     from torch.autograd import DeviceType
 
@@ -46,4 +50,5 @@ def communication_share(profile, steps: int, step_seconds: float) -> dict[str, f
     return {
         "communication": length(communication) / microseconds,
         "communication_exposed": exposed(communication, computation) / microseconds,
+        "idle": 1 - length([*communication, *computation]) / microseconds,
     }

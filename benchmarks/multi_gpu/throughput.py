@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.multi_gpu.cases import Case
-from benchmarks.multi_gpu.exposed import communication_share
+from benchmarks.multi_gpu.exposed import shares_of_step
 from falcon_bridge.verification.layout import ParallelLayout
 
 
-WARM_UP, TIMED, PROFILED = 4, 8, 2
+WARM_UP, TIMED, PROFILED = 3, 6, 2
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,12 @@ TINY = {
 }
 
 
-def cases(world_size: int, *, on_gpu: bool) -> list[tuple[int, list[Case], dict[str, str]]]:
-    """(ranks, cases, environment) in order: all on one GPU first, then each on several."""
+def cases(world_size: int, *, on_gpu: bool) -> list[Case]:
+    """Each workload on one GPU, then on several."""
     if on_gpu:
-        large = Workload("7B, 8 of 44 layers", "FalconH1ModelProvider7B", 1, 4096, {"num_layers": 8})
-        small = Workload("0.5B", "FalconH1ModelProvider500M", 4, 2048)
+        # as many tokens as fit one GPU: with few the host would be what is measured
+        large = Workload("7B, 8 of 44 layers", "FalconH1ModelProvider7B", 3, 4096, {"num_layers": 8})
+        small = Workload("0.5B, mixer recomputed", "FalconH1ModelProvider500M", 12, 4096, {"recompute_mixer": True})
         long = Workload(
             "1.5B, 12 of 24 layers, full recompute",
             "FalconH1ModelProvider1P5B",
@@ -63,25 +64,23 @@ def cases(world_size: int, *, on_gpu: bool) -> list[tuple[int, list[Case], dict[
             {"num_layers": 12, **FULL_RECOMPUTE},
         )
     else:
-        large, small, long = (
-            Workload(name, "FalconH1ModelProvider500M", 2, 64, TINY) for name in ("tiny", "tiny, data", "tiny, long")
+        large, long, small = (
+            Workload(name, "FalconH1ModelProvider500M", 2, 64, TINY) for name in ("tiny", "tiny, long", "tiny, data")
         )
-    tensor = ParallelLayout(tp=world_size, sequence_parallel=True)
-    data = ParallelLayout(dp=world_size, distributed_optimizer=True)
-    context = ParallelLayout(cp=world_size)
     no_context = None if on_gpu else "context-parallel attention needs Transformer Engine, so GPUs"
 
-    def case(workload: Workload, layout: ParallelLayout, skip: str | None = None) -> Case:
-        name = f"{workload.name}, {workload.seq_length} tokens: {layout}"
-        return Case(name, measure, (workload, layout), skip)
+    def pair(workload: Workload, layout: ParallelLayout, skip: str | None = None) -> list[Case]:
+        size = f"{workload.rows} × {workload.seq_length} tokens"
+        one, several = (f"{workload.name}, {size}: {x}" for x in (ParallelLayout(), layout))
+        return [
+            Case(one, measure, (workload, ParallelLayout()), skip, ranks=1),
+            Case(several, measure, (workload, layout), skip, ranks=world_size),
+        ]
 
-    alone = [case(workload, ParallelLayout()) for workload in (small, long, large)]
-    # one hardware queue keeps the gathers of tensor parallelism in the order in which they overlap with products
-    one_queue = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
     return [
-        (1, alone, {}),
-        (world_size, [case(small, data), case(long, context, no_context)], {}),
-        (world_size, [case(large, tensor)], one_queue),
+        *pair(large, ParallelLayout(tp=world_size, sequence_parallel=True)),
+        *pair(long, ParallelLayout(cp=world_size), no_context),
+        *pair(small, ParallelLayout(dp=world_size, distributed_optimizer=True)),
     ]
 
 
@@ -89,8 +88,8 @@ def measure(workload: Workload, layout: ParallelLayout) -> dict[str, Any] | None
     """Train on random tokens, and time it.
 
     Returns:
-        On rank 0 `tokens_per_second` of all ranks, `step_ms` (median), `tflops` a rank, `communication` and
-        `communication_exposed` (shares of the step), `peak_gib`, `loss`.
+        On rank 0 `tokens_per_second` of all ranks, `step_ms` (median), `tflops` a rank, `communication`,
+        `communication_exposed` and `idle` (shares of the step), `peak_gib`, `loss`.
     """
     from megatron.core.utils import get_model_config
 
@@ -126,7 +125,7 @@ def measure(workload: Workload, layout: ParallelLayout) -> dict[str, Any] | None
             for _ in range(PROFILED):
                 step()
             _synchronize()
-        row |= communication_share(profile, PROFILED, median)
+        row |= shares_of_step(profile, PROFILED, median)
     finite = all(math.isfinite(loss.item()) for loss in losses)
     return {"ok": finite, "error": "" if finite else "the loss is not finite", **row} if dist.get_rank() == 0 else None
 
@@ -154,7 +153,7 @@ def _build(workload: Workload, layout: ParallelLayout):
         },
     )
     provider.initialize_model_parallel(seed=1)
-    overlap = layout.dp > 1
+    overlap = layout.dp * layout.cp > 1
     ddp_config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=layout.distributed_optimizer,
