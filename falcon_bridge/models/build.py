@@ -178,10 +178,19 @@ def check_cuda_graph(config: GPTModelProvider) -> None:
             )
 
 
+def recomputed_modules(config) -> set[str]:
+    """The names in force of Megatron's selective recompute: none of them under another granularity.
+
+    Args:
+        config: Any TransformerConfig, not necessarily finalized.
+    """
+    # where the names are unset, Megatron recomputes this one
+    return set(config.recompute_modules or ["core_attn"]) if config.recompute_granularity == "selective" else set()
+
+
 def settle_execution(provider: GPTModelProvider) -> None:
     """Set the fields that other fields and the installed packages decide; for `finalize()`."""
-    recomputed = provider.recompute_modules if provider.recompute_granularity == "selective" else None
-    if provider.fp32_residual_connection or "layernorm" in (recomputed or ()):
+    if provider.fp32_residual_connection or "layernorm" in recomputed_modules(provider):
         # the fused backward pass adds in the norm's dtype, and recompute wants a norm with one output
         provider.fused_residual_rmsnorm = False
     if provider.transformer_impl == "local":

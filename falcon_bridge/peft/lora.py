@@ -11,6 +11,7 @@ from megatron.bridge.peft.utils import wildcard_match
 from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 
+from falcon_bridge.models.build import recomputed_modules
 from falcon_bridge.peft.adapter import COLUMN_PARALLEL, ROW_PARALLEL, Adapter
 
 
@@ -103,7 +104,7 @@ class LoRA(PEFT, ModuleMatcher):
                 "adapters on a BitNet model are not supported: ternary weights and an adapter do not add up to "
                 "ternary weights. Fine-tune all weights (an sft recipe), or set model.use_bitnet=False"
             )
-        if config.recompute_granularity == "selective" and "layernorm" in (config.recompute_modules or ()):
+        if "layernorm" in recomputed_modules(config):
             raise ValueError(
                 "model.recompute_modules has 'layernorm': below the first adapter of a frozen model no gradient comes "
                 "by to start that recomputation; leave it out"

@@ -7,6 +7,7 @@ A tensor that two modules save is counted where it is saved first. The code path
 
 from typing import Any
 
+from falcon_bridge.models.build import recomputed_modules
 from falcon_bridge.ops.linear_cross_entropy import default_chunk_tokens
 from falcon_bridge.training.shapes import LayerKind, RankShapes, splits_heads
 
@@ -126,11 +127,6 @@ def kept_tensors(saved: dict[str, int], shapes: RankShapes, kind: LayerKind, mod
         keepers = (_MIXER, f"{_attention_module(model)}.linear_qkv", f"{_MIXER}.mamba_mixer.in_proj", "mlp.linear_fc1")
         kept = {name: size for name, size in kept.items() if name not in (*keepers, _MLP) or size != norm_output}
     return kept
-
-
-def recomputed_modules(model: Any) -> set[str]:
-    """The names in force of Megatron's selective recompute."""
-    return set(model.recompute_modules or ["core_attn"]) if model.recompute_granularity == "selective" else set()
 
 
 def backward_workspace(shapes: RankShapes, kind: LayerKind, model: Any) -> dict[str, int]:

@@ -8,6 +8,7 @@ from falcon_bridge.models.build import (
     check_cuda_graph,
     check_expressible,
     check_pipeline,
+    recomputed_modules,
     refuse,
 )
 
@@ -36,8 +37,7 @@ def check_supported(config) -> None:
     check_cuda_graph(config)
     if config.softmax_scale is not None:
         raise ValueError(f"softmax_scale={config.softmax_scale!r} is not supported by Falcon-Edge; use None")
-    modules = config.recompute_modules if config.recompute_granularity == "selective" else None
-    if "layernorm" in (modules or ()) and not HAVE_TE:
+    if "layernorm" in recomputed_modules(config) and not HAVE_TE:
         raise ValueError(
             "recompute_modules has 'layernorm', which Megatron recomputes with Transformer Engine only: leave it out, "
             "or install falcon-bridge[gpu]"

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from megatron.core.transformer.mlp import MLP
 
+from falcon_bridge.models.build import recomputed_modules
 from falcon_bridge.ops.elementwise import recompute_scaled_swiglu, scaled_swiglu
 from falcon_bridge.ops.recomputed import recompute_before_backward_of
 
@@ -33,8 +34,7 @@ class FalconH1MLP(MLP):
         gate_up, _ = self.linear_fc1(hidden_states)
         gated = scaled_swiglu(gate_up, gate_multiplier, down_multiplier)
         output, bias = self.linear_fc2(gated)
-        recomputed = self.config.recompute_granularity == "selective" and "mlp" in self.config.recompute_modules
-        if self.config.recompute_gates and not recomputed:
+        if self.config.recompute_gates and "mlp" not in recomputed_modules(self.config):
             multipliers = {"gate_scale": gate_multiplier, "out_scale": down_multiplier}
             recompute_before_backward_of(
                 output, gated, partial(recompute_scaled_swiglu, x=gate_up.detach(), **multipliers)

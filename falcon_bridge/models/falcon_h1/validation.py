@@ -8,6 +8,7 @@ from falcon_bridge.models.build import (
     check_cuda_graph,
     check_expressible,
     check_pipeline,
+    recomputed_modules,
     refuse,
 )
 from falcon_bridge.models.falcon_h1.head_parallel import HEADS
@@ -78,7 +79,7 @@ def _check_heads(config, pattern: str) -> None:
 
 def _check_recompute(config, pattern: str) -> None:
     granularity = config.recompute_granularity
-    modules = set(config.recompute_modules or ["core_attn"] if granularity == "selective" else ())
+    modules = recomputed_modules(config)
     if granularity != "full":
         for name in ("recompute_method", "recompute_num_layers", "distribute_saved_activations"):
             if getattr(config, name):
