@@ -4,7 +4,6 @@ In bf16 two implementations round independently: what is compared there is how f
 """
 
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import torch.distributed as dist
 from benchmarks.multi_gpu.cases import Case
 from benchmarks.multi_gpu.inputs import CHECKPOINTS, DOCUMENTS, ODD_DOCUMENTS, a_batch, ensure_checkpoint
 from benchmarks.multi_gpu.ternary import gathered, ternary
-from falcon_bridge.verification.batch import Batch
 from falcon_bridge.verification.layout import ParallelLayout
 from falcon_bridge.verification.parity import compare, compare_tensors
 from falcon_bridge.verification.reference import Outcome, TrainSteps, transformers_outcome
@@ -156,13 +154,7 @@ def _packed_under_context_parallelism(splits_heads: bool):
     class PackedUnderContextParallelism(MegatronUnderTest):
         """Cuts packed rows as our step does in pretraining with split heads, else as Megatron Bridge's `gpt_step`."""
 
-        def _microbatch(self, batch: Batch, row: int, size: int) -> dict:
-            layout, self.layout = self.layout, replace(self.layout, cp=1)
-            try:
-                whole = super()._microbatch(batch, row, size)
-            finally:
-                self.layout = layout
-            packed = whole.pop("packed_seq_params")
+        def _cut(self, rows: dict, packed):
             longest = torch.tensor([packed.max_seqlen_q])
             borders = {
                 "cu_seqlens_q": packed.cu_seqlens_q[None],
@@ -171,9 +163,10 @@ def _packed_under_context_parallelism(splits_heads: bool):
                 "max_seqlen_kv": longest,
             }
             with rows_cut_whole() if splits_heads else nullcontext():
-                cut = cut_packed_batch(whole | borders, parallel_state.get_context_parallel_group())
+                whole = {**rows, "attention_mask": None, **borders}
+                cut = cut_packed_batch(whole, parallel_state.get_context_parallel_group())
                 own = {name: cut.pop(name) for name in borders}
-                return {**cut, "packed_seq_params": marked(get_packed_seq_params(own))}
+                return {name: cut[name] for name in rows}, marked(get_packed_seq_params(own))
 
     return PackedUnderContextParallelism
 

@@ -208,12 +208,17 @@ class MegatronUnderTest:
             "loss_mask": batch.loss_mask,
         }
         sliced = {k: v[first : first + size].contiguous().to(self.device) for k, v in sliced.items()}
-        if self.layout.cp > 1:
-            sliced = get_batch_on_this_cp_rank(
-                sliced, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-            )
         packed = _packed_seq_params(batch, self.device) if batch.lengths else None
+        if self.layout.cp > 1:
+            sliced, packed = self._cut(sliced, packed)
         return {**sliced, "attention_mask": None, "packed_seq_params": packed}
+
+    def _cut(
+        self, rows: dict[str, torch.Tensor], packed: PackedSeqParams | None
+    ) -> tuple[dict[str, torch.Tensor], PackedSeqParams | None]:
+        """This context-parallel rank's part of whole rows, and their documents as it is told of them."""
+        group = parallel_state.get_context_parallel_group()
+        return get_batch_on_this_cp_rank(rows, is_hybrid_cp=False, cp_group=group), packed
 
 
 def _packed_seq_params(batch: Batch, device: str) -> PackedSeqParams:

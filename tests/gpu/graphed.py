@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from tests.off import Off
+
 
 SEQUENCE, ROWS, MICRO_BATCHES, STEPS, WARMUP, VOCABULARY = 256, 2, 2, 8, 2, 1021
 # behind these steps; the one behind step 1 comes right before the step that is captured, the third is captured itself
@@ -26,24 +28,6 @@ COMMON = {
     "cuda_graph_warmup_steps": WARMUP,
 }
 SSM = {"mamba_num_heads": 8, "mamba_head_dim": 32, "mamba_state_dim": 64, "mamba_num_groups": 1, "chunk_size": 64}
-
-
-class Off:
-    """Stands for Megatron's timers, and for whatever else a run has and a model does not."""
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-    def start(self):
-        pass
-
-    stop = start
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
 
 
 def batches(step: int, apart: bool) -> list[dict[str, torch.Tensor]]:

@@ -46,19 +46,16 @@ def index_of_transformer_engine():
 class PackedUnderContextParallelism(MegatronUnderTest):
     """Cuts packed rows as Megatron Bridge's `gpt_step` does: document by document."""
 
-    def _microbatch(self, batch, row, size):
-        layout, self.layout = self.layout, replace(self.layout, cp=1)
-        try:
-            whole = super()._microbatch(batch, row, size)
-        finally:
-            self.layout = layout
-        packed = whole.pop("packed_seq_params")
+    def _cut(self, rows, packed):
         index = partitioned_indices(
-            packed.cu_seqlens_q, batch.tokens.shape[1], layout.cp, parallel_state.get_context_parallel_rank()
+            packed.cu_seqlens_q,
+            rows["input_ids"].shape[1],
+            self.layout.cp,
+            parallel_state.get_context_parallel_rank(),
         )
-        cut = {name: None if value is None else value[:, index].contiguous() for name, value in whole.items()}
+        cut = {name: value[:, index].contiguous() for name, value in rows.items()}
         # which it counts after the cut
-        return {**cut, "packed_seq_params": replace(packed, total_tokens=len(index), seq_idx=None)}
+        return cut, replace(packed, total_tokens=len(index), seq_idx=None)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,10 @@
 """Context parallelism by heads against one process: both branches, rows and documents that end anywhere."""
 
 import logging
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from megatron.core import parallel_state
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 from falcon_bridge.compat import cpu_runtime
 from falcon_bridge.models.falcon_h1.head_parallel import HeadParallelAttention, HeadShare, RowsCutWhole
@@ -26,20 +23,11 @@ FIELDS = {"cp_comm_type": "a2a"}
 
 
 class DocumentsOfRowsCutWhole(MegatronUnderTest):
-    def _microbatch(self, batch, row, size):
-        layout, self.layout = self.layout, replace(self.layout, cp=1)
-        try:
-            whole = super()._microbatch(batch, row, size)
-        finally:
-            self.layout = layout
-        packed = whole.pop("packed_seq_params")
-        tokens = {name: value for name, value in whole.items() if value is not None}
-        cut = get_batch_on_this_cp_rank(
-            tokens, is_hybrid_cp=False, cp_group=parallel_state.get_context_parallel_group()
-        )
+    def _cut(self, rows, packed):
+        cut, packed = super()._cut(rows, packed)
         borders = {"cu_seqlens_q": packed.cu_seqlens_q, "cu_seqlens_kv": packed.cu_seqlens_kv}
         longest = {"max_seqlen_q": packed.max_seqlen_q, "max_seqlen_kv": packed.max_seqlen_kv}
-        return whole | cut | {"packed_seq_params": RowsCutWhole(qkv_format="thd", **borders, **longest)}
+        return cut, RowsCutWhole(qkv_format="thd", **borders, **longest)
 
 
 @pytest.fixture(scope="module")

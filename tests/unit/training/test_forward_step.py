@@ -13,6 +13,7 @@ from megatron.core.datasets.utils import Split
 from megatron.core.rerun_state_machine import destroy_rerun_state_machine
 
 from falcon_bridge.training.forward_step import forward_step, pack_documents
+from tests.off import Off
 from tests.unit.models.falcon_h1.test_model import build
 
 
@@ -101,24 +102,6 @@ def test_logits_are_those_of_each_document_alone(kind, dataset, one_rank):
             torch.testing.assert_close(logits[:, start:stop], expected, rtol=2e-5, atol=2e-5)
 
 
-class Timer:
-    """Stands for Megatron's timers, which a run has and a model does not."""
-
-    def __call__(self, *args, **kwargs):
-        return self
-
-    def start(self):
-        pass
-
-    stop = start
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-
 class OnlyNext:
     """As Megatron's `RerunDataIterator`: no `iter`."""
 
@@ -136,8 +119,8 @@ def state(apart):
             model=SimpleNamespace(virtual_pipeline_model_parallel_size=None, context_parallel_size=1),
             rerun_state_machine=SimpleNamespace(check_for_nan_in_loss=False, check_for_spiky_loss=False),
         ),
-        timers=Timer(),
-        straggler_timer=Timer(),
+        timers=Off(),
+        straggler_timer=Off(),
     )
 
 

@@ -15,8 +15,9 @@ from falcon_bridge.training import forward_step as steps
 from falcon_bridge.training.document_counts import room_for_documents
 from falcon_bridge.training.forward_step import forward_step, pack_documents
 from falcon_bridge.training.static_documents import StaticDocuments, packed_seq_params
+from tests.off import Off
 from tests.unit.models.falcon_h1.test_model import build
-from tests.unit.training.test_forward_step import OnlyNext, Timer
+from tests.unit.training.test_forward_step import OnlyNext
 
 
 @pytest.fixture(autouse=True)
@@ -158,8 +159,8 @@ def run_state(impl, model):
             ),
             rerun_state_machine=SimpleNamespace(check_for_nan_in_loss=False, check_for_spiky_loss=False),
         ),
-        timers=Timer(),
-        straggler_timer=Timer(),
+        timers=Off(),
+        straggler_timer=Off(),
     )
 
 
