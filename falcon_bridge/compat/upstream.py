@@ -74,11 +74,11 @@ PRIVATE: dict[str, Private] = {
         "cuts packed rows document by document; replaced where rows are cut whole (training/context_parallel.py)",
     ),
     "_mamba_chunk_scan_combined_fwd": Private(
-        "mamba_ssm.ops.triton.ssd_combined:_mamba_chunk_scan_combined_fwd", "the scan on GPU (ops/ssm_scan.py)"
+        "mamba_ssm.ops.triton.ssd_combined:_mamba_chunk_scan_combined_fwd", "mamba-ssm's scan (ops/ssd/mamba_scan.py)"
     ),
     "_mamba_chunk_scan_combined_bwd": Private(
         "mamba_ssm.ops.triton.ssd_combined:_mamba_chunk_scan_combined_bwd",
-        "its gradients, written into tensors that ops/ssm_scan.py gives",
+        "its gradients (ops/ssd/mamba_scan.py)",
     ),
     "causal_conv1d_fwd_function": Private(
         "causal_conv1d.cpp_functions:causal_conv1d_fwd_function", "the convolution on GPU (ops/ssm_scan.py)"
@@ -216,6 +216,10 @@ PRIVATE: dict[str, Private] = {
     "FullCudaGraphWrapper.cuda_graph": Private(
         "megatron.core.full_cuda_graph:FullCudaGraphWrapper.cuda_graph",
         "its graphs of the whole process are dropped before and after a training (training/cuda_graph.py)",
+    ),
+    "_shared_graph_pool": Private(
+        "megatron.core.full_cuda_graph:_shared_graph_pool",
+        "forgotten with its graphs: a pool whose graphs are gone takes no others (training/cuda_graph.py)",
     ),
     "_flops_seqlen_sq_sum": Private(
         "megatron.bridge.training.utils.flop_utils:accumulate_flops_metadata",

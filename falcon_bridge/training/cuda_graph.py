@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from megatron.bridge.training.callbacks import Callback, CallbackContext
+from megatron.core import full_cuda_graph
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoader
 
 from falcon_bridge.errors import UserError
@@ -19,6 +20,8 @@ from falcon_bridge.training.static_documents import static_documents
 
 FULL_ITERATION = "full_iteration"
 
+# Megatron captures the iteration of a certain number, counted from 0
+_BEYOND_CAPTURE = 2**40
 _FLOPS_STATISTICS = ("_flops_seqlen_sum", "_flops_seqlen_sq_sum", "_flops_requires_global_reduce")
 
 
@@ -115,11 +118,10 @@ class GraphedIterations(Callback):
 
     def __init__(self) -> None:
         self._statistics: dict[str, Any] | None = None
-        self._over = False
 
     def on_train_start(self, context: CallbackContext) -> None:
         """Start without graphs."""
-        self._statistics, self._over = None, False
+        self._statistics = None
         forget_graphs()
         static_documents.start(length_frequencies(context.state.cfg))
 
@@ -159,21 +161,23 @@ class GraphedIterations(Callback):
     def on_eval_end(self, context: CallbackContext) -> None:
         """Check the validation's documents."""
         static_documents.check()
-        if self._over:
-            forget_graphs()
 
     def on_test_end(self, context: CallbackContext) -> None:
         """As `on_eval_end`."""
         self.on_eval_end(context)
 
     def on_train_end(self, context: CallbackContext) -> None:
-        """Drop the graphs: later evaluations need none."""
-        self._over = True
+        """Drop the graphs, and have none for the evaluations that follow."""
         forget_graphs()
+        FullCudaGraphWrapper.curr_iteration["validation"] = _BEYOND_CAPTURE
 
 
 def forget_graphs() -> None:
-    """What ``FullCudaGraphWrapper.reset_cuda_graph`` does, and also where a graph has been deleted already."""
+    """What ``FullCudaGraphWrapper.reset_cuda_graph`` does, and also where a graph has been deleted already.
+
+    Their memory pool is forgotten with them: PyTorch lets nothing be captured into one whose last graph is gone.
+    """
+    full_cuda_graph._shared_graph_pool = None
     for stage in ("training", "validation"):
         FullCudaGraphWrapper.cuda_graph[stage] = FullCudaGraphWrapper.result[stage] = None
         FullCudaGraphWrapper.curr_iteration[stage] = 0

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.bridge.training.pretrain import pretrain
+from megatron.core import full_cuda_graph
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoader
 
@@ -208,11 +209,13 @@ def test_each_training_has_graphs_of_its_own():
     FullCudaGraphWrapper.cuda_graph["validation"] = graph = object()
     callback.on_eval_end(step(run_state()))
     assert FullCudaGraphWrapper.cuda_graph["validation"] is graph  # for the next validation
+    full_cuda_graph._shared_graph_pool = (0, 1)
     callback.on_train_end(step(run_state()))
     assert FullCudaGraphWrapper.cuda_graph["validation"] is None
-    FullCudaGraphWrapper.cuda_graph["validation"] = object()
-    callback.on_test_end(step(run_state()))  # which would keep the communicators from going
-    assert FullCudaGraphWrapper.cuda_graph["validation"] is None
+    assert full_cuda_graph._shared_graph_pool is None  # PyTorch lets it take no graph after its last one is gone
+    # the last evaluations are not captured: graphs would keep the communicators from going
+    callback.on_test_end(step(run_state()))
+    assert FullCudaGraphWrapper.curr_iteration["validation"] > 10**9
 
 
 @pytest.mark.parametrize("end", [SystemExit(0), ValueError("too many")])
