@@ -57,15 +57,14 @@ def run_case(case: str, figures: dict) -> None:
 
 def longest(size: str, recompute: str, figures: dict) -> None:
     """One step at the longest length, a multiple of `MULTIPLE`, that the estimate allows this GPU."""
-    from falcon_bridge.ops.ssd.offsets import ADDRESSABLE
-    from falcon_bridge.training.limits import largest_scan_tensor
+    from falcon_bridge.training.limits import largest_scan_tensor, scan_reach
     from falcon_bridge.training.memory import usable_memory
 
     limit = usable_memory()
 
     def fits(length: int) -> bool:
         cfg = build(size, length, 1, RECOMPUTE[recompute])
-        return estimate(cfg)["peak"] <= limit and largest_scan_tensor(cfg.model, length) < ADDRESSABLE
+        return estimate(cfg)["peak"] <= limit and largest_scan_tensor(cfg.model, length) < scan_reach(cfg.model)
 
     low, high = 1, 2
     while fits(high * MULTIPLE):

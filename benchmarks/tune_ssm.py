@@ -106,6 +106,7 @@ def branch(job: Job):
         mamba_state_dim=job.shape.state,
         mamba_num_groups=1,
         chunk_size=job.shape.chunk_size,
+        ssm_backend="mamba_ssm",
         ssm_in_multiplier=1.25,
         ssm_multipliers=(0.35, 0.25, 0.18, 0.5, 0.4),
         params_dtype=dtype,

@@ -1,6 +1,6 @@
 """Triton kernels of `gated_norm`: one read and one write a direction, computed in fp32, between two layouts.
 
-The scan of mamba-ssm is batch first, Megatron's linear layers are sequence first: y and its gradient are contiguous
+The scan's result is batch first, Megatron's linear layers are sequence first: y and its gradient are contiguous
 `[b, s, d]`, the result and its gradient `[s, b, d]`, and z with its gradient are views into wider rows.
 """
 

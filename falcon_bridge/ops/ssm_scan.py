@@ -1,9 +1,10 @@
 """The SSM branch between its projections on a GPU: convolution, scan, gate and norm as one differentiable function.
 
 mamba-ssm's own entry point (`mamba_split_conv1d_scan_combined`) wants batch-first rows and knows no multipliers. This
-function calls the same kernels on strided views of Megatron's `[s, b, ·]`, so nothing is transposed, and no pass is
-spent on the µP multipliers: those of x, B and C scale the convolution's weights, that of dt its few columns, those of
-z and of the output ride in the gate, which also reads and writes across the two layouts.
+function runs causal-conv1d, the scan (our kernels or mamba-ssm's) and the gate on strided views of Megatron's
+`[s, b, ·]`, so nothing is transposed, and no pass is spent on the µP multipliers: those of x, B and C scale the
+convolution's weights, that of dt is part of the step sizes' kernel, those of z and of the output ride in the gate,
+which also reads and writes across the two layouts.
 """
 
 from collections.abc import Callable
@@ -14,8 +15,8 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from falcon_bridge.ops.elementwise import column_factors
+from falcon_bridge.ops.ssd.backend import ScanBackend, default_chunk
 from falcon_bridge.ops.ssd.offsets import check_scan_offsets
-from falcon_bridge.ops.tuning.shipped import use_shipped_tuning
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,12 @@ class SSMShape:
         head_dim: Channels a head.
         groups: Groups of B and C.
         d_state: State size.
-        chunk_size: Chunk of the scan.
+        chunk_size: Chunk of mamba-ssm's scan.
         scales: Multipliers of z, x, B, C and dt.
         out_scale: Multiplier of the result.
         norm_width: Channels that the gated norm takes together.
         eps: Of the gated norm.
+        backend: Whose kernels scan.
     """
 
     heads: int
@@ -43,6 +45,7 @@ class SSMShape:
     out_scale: float = 1.0
     norm_width: int | None = None
     eps: float = 1e-5
+    backend: ScanBackend = "triton"
 
     @property
     def inner(self) -> int:
@@ -87,9 +90,9 @@ def ssm_scan(
         what is kept for the backward pass (`ops.recomputed`).
 
     Raises:
-        ImportError: Without mamba-ssm and causal-conv1d.
-        ValueError: If the rows are longer than mamba-ssm's kernels can address, or the convolution's channels no
-            multiple of 8.
+        ImportError: Without causal-conv1d, or mamba-ssm if that is the backend.
+        ValueError: If the rows are longer than the kernels can address, or the convolution's channels are no multiple
+            of 8.
     """
     if shape.segments[1] % 8:
         raise ValueError(
@@ -97,7 +100,6 @@ def ssm_scan(
             "size, and twice groups times state): use another tensor or context parallel size, or ssm_backend=torch"
         )
     check_scan_offsets(zxbcdt.shape[1], zxbcdt.shape[0], shape)
-    use_shipped_tuning()
     out, y = _SSMScan.apply(zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, shape, seq_idx)
     # not with autograd's own zxbcdt, which leads to the graph that will hold the function
     return out, partial(_gate_again, y, zxbcdt.detach(), norm_weight, shape)
@@ -106,72 +108,82 @@ def ssm_scan(
 class _SSMScan(torch.autograd.Function):
     @staticmethod
     def forward(ctx, zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, shape, seq_idx):
-        from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_fwd
-
         from falcon_bridge.ops.gated_norm_kernels import gated_norm
 
         if zxbcdt.stride(2) != 1:
             zxbcdt = zxbcdt.contiguous()
         seq_idx = None if seq_idx is None else seq_idx.contiguous()
         z, xbc, dt = zxbcdt.split(shape.segments, dim=-1)
-        x, b, c = _split(_convolve(xbc, conv_weight, conv_bias, seq_idx, shape), shape)
-        y = _mamba_chunk_scan_combined_fwd(
-            x, *_dt_and_decay(dt, a_log, shape), b, c, shape.chunk_size,
-            D=d_skip, dt_bias=dt_bias, seq_idx=seq_idx, dt_softplus=True,
-        )[0].flatten(2)  # fmt: skip
+        # in fp32, the multipliers of the convolution's input in its weight
+        weight, bias = conv_weight * _conv_factors(shape, conv_weight.device), conv_bias.float()
+        decay = -torch.exp(a_log.float())
+        x, b, c = _split(_convolve(xbc, weight, bias, seq_idx), shape)
+        steps = dt.transpose(0, 1), shape.scales[-1], dt_bias, decay, d_skip, seq_idx, _chunk(shape, x)
+        y = _kernels(shape).scan_forward(x, b, c, *steps).flatten(2)
         out, rstd = gated_norm(y, z, norm_weight, eps=shape.eps, **_gate(shape))
-        ctx.save_for_backward(zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, seq_idx, y, rstd)
+        ctx.save_for_backward(zxbcdt, weight, bias, dt_bias, decay, d_skip, norm_weight, seq_idx, y, rstd)
         ctx.shape = shape
+        ctx.dtypes = conv_weight.dtype, conv_bias.dtype, a_log.dtype
         ctx.mark_non_differentiable(y)
+        ctx.set_materialize_grads(False)  # else zeros of y's size are made for its gradient
         return out, y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
         from causal_conv1d.cpp_functions import causal_conv1d_bwd_function
-        from mamba_ssm.ops.triton.ssd_combined import _mamba_chunk_scan_combined_bwd
 
         from falcon_bridge.ops.gated_norm_kernels import gated_norm_backward
 
-        zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, seq_idx, y, rstd = ctx.saved_tensors
-        shape = ctx.shape
+        zxbcdt, weight, bias, dt_bias, decay, d_skip, norm_weight, seq_idx, y, rstd = ctx.saved_tensors
+        shape, (weight_dtype, bias_dtype, a_dtype) = ctx.shape, ctx.dtypes
         z, xbc, dt = zxbcdt.split(shape.segments, dim=-1)
         dzxbcdt = torch.empty_like(zxbcdt)
-        dz, dxbc_raw, ddt_raw = dzxbcdt.split(shape.segments, dim=-1)
+        dz, dxbc_raw, ddt = dzxbcdt.split(shape.segments, dim=-1)
         dy, dnorm_weight = gated_norm_backward(grad, y, z, norm_weight, rstd, dz, **_gate(shape))
 
-        x, b, c = _split(_convolve(xbc, conv_weight, conv_bias, seq_idx, shape), shape)
+        x, b, c = _split(_convolve(xbc, weight, bias, seq_idx), shape)
         dxbc = torch.empty(xbc.shape, dtype=xbc.dtype, device=xbc.device)
         dx, db, dc = _split(dxbc.transpose(0, 1), shape)
-        # in a tensor of its own: as a view of dzxbcdt it would span most 32-bit offsets (ops/ssd/offsets.py)
-        ddt = torch.empty(dt.shape, dtype=dt.dtype, device=dt.device)
         heads = (shape.heads, shape.head_dim)
-        scaled_dt, decay = _dt_and_decay(dt, a_log, shape)
-        _, _, ddecay, _, _, dd, _, ddt_bias, _ = _mamba_chunk_scan_combined_bwd(
-            dy.unflatten(2, heads), x, scaled_dt, decay, b, c, y.unflatten(2, heads), shape.chunk_size,
-            D=d_skip, dt_bias=dt_bias, seq_idx=seq_idx, dt_softplus=True,
-            dx=dx, ddt=ddt.transpose(0, 1), dB=db, dC=dc,
+        steps = dt.transpose(0, 1), shape.scales[-1], dt_bias, decay, d_skip, seq_idx, _chunk(shape, x)
+        ddecay, ddt_bias, dd = _kernels(shape).scan_backward(
+            dy.unflatten(2, heads), y.unflatten(2, heads), x, b, c, *steps,
+            dx=dx, db=db, dc=dc, draw_dt=ddt.transpose(0, 1),
         )  # fmt: skip
-        torch.mul(ddt, shape.scales[-1], out=ddt_raw)
-        weight, bias = _scaled_conv(conv_weight, conv_bias, shape)
         target = _channels_first(dxbc_raw)
         _, dweight, dbias, _ = causal_conv1d_bwd_function(
             _channels_first(xbc), weight, bias, _channels_first(dxbc), seq_idx, None, None, target, False, True
         )
         if target.data_ptr() != dxbc_raw.data_ptr():
             dxbc_raw.copy_(target.permute(2, 0, 1))
-        dweight = dweight * _conv_factors(shape, dweight.device)
+        scaled = torch.empty(weight.shape, dtype=weight_dtype, device=weight.device)
         return (
             dzxbcdt,
-            dweight.to(conv_weight.dtype),
-            dbias.to(conv_bias.dtype),
+            torch.mul(dweight, _conv_factors(shape, dweight.device), out=scaled),
+            dbias.to(bias_dtype),
             ddt_bias.to(dt_bias.dtype),
-            (ddecay * decay).to(a_log.dtype),
+            (ddecay * decay).to(a_dtype),
             dd.to(d_skip.dtype),
             None if norm_weight is None else dnorm_weight.to(norm_weight.dtype),
             None,
             None,
         )
+
+
+def _kernels(shape: SSMShape):
+    """The module with `scan_forward` and `scan_backward`."""
+    if shape.backend == "mamba_ssm":
+        from falcon_bridge.ops.ssd import mamba_scan
+
+        return mamba_scan
+    from falcon_bridge.ops.ssd.kernels import scan
+
+    return scan
+
+
+def _chunk(shape: SSMShape, x: torch.Tensor) -> int:
+    return shape.chunk_size if shape.backend == "mamba_ssm" else default_chunk(x.element_size())
 
 
 def _gate_again(y: torch.Tensor, zxbcdt: torch.Tensor, norm_weight, shape: SSMShape, out: torch.Tensor) -> None:
@@ -190,16 +202,10 @@ def _conv_factors(shape: SSMShape, device: torch.device) -> torch.Tensor:
     return column_factors((shape.inner, bc, bc), shape.scales[1:4], device).unsqueeze(1)
 
 
-def _scaled_conv(weight: torch.Tensor, bias: torch.Tensor, shape: SSMShape) -> tuple[torch.Tensor, torch.Tensor]:
-    """The convolution's parameters in fp32, with the multipliers of its input in the weight."""
-    return weight.float() * _conv_factors(shape, weight.device), bias.float()
-
-
-def _convolve(xbc: torch.Tensor, weight, bias, seq_idx, shape: SSMShape) -> torch.Tensor:
-    """``silu(conv(scales · xbc) + bias)``: `[s, b, c]` to `[b, s, c]` in the same order of memory."""
+def _convolve(xbc: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, seq_idx) -> torch.Tensor:
+    """``silu(conv(xbc) + bias)``: `[s, b, c]` to `[b, s, c]` in the same order of memory."""
     from causal_conv1d.cpp_functions import causal_conv1d_fwd_function
 
-    weight, bias = _scaled_conv(weight, bias, shape)
     return causal_conv1d_fwd_function(_channels_first(xbc), weight, bias, seq_idx, None, None, True).transpose(1, 2)
 
 
@@ -216,8 +222,3 @@ def _split(xbc: torch.Tensor, shape: SSMShape) -> tuple[torch.Tensor, torch.Tens
     x, b, c = xbc.split([shape.inner, bc, bc], dim=-1)
     state = (shape.groups, shape.d_state)
     return x.unflatten(2, (shape.heads, shape.head_dim)), b.unflatten(2, state), c.unflatten(2, state)
-
-
-def _dt_and_decay(dt: torch.Tensor, a_log: torch.Tensor, shape: SSMShape) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dt `[b, s, heads]` before bias and softplus, and A `[heads]`, fp32."""
-    return (dt * shape.scales[-1]).transpose(0, 1), -torch.exp(a_log.float())

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 from falcon_bridge.errors import UserError
+from falcon_bridge.ops.ssd.backend import scan_backend
 from falcon_bridge.ops.ssd.offsets import ADDRESSABLE, scan_spans
 
 
@@ -174,7 +175,7 @@ def _check_peft(cfg: Any) -> None:
 
 
 def largest_scan_tensor(model: Any, tokens: int) -> int:
-    """Elements that the largest of the tensors spans that mamba-ssm's kernels index, on one rank.
+    """Elements that the largest of the tensors spans that the convolution's and the scan's kernels index, on one rank.
 
     `ops.ssd.offsets` has them. Context parallelism gives each rank the whole sequence and a share of the heads.
 
@@ -191,22 +192,37 @@ def largest_scan_tensor(model: Any, tokens: int) -> int:
         groups=max(1, model.mamba_num_groups // ranks),  # more ranks than groups: each has the whole of one
         d_state=model.mamba_state_dim,
         chunk_size=model.chunk_size,
+        backend=_kernels_of(model),
     )
     return max(scan_spans(1, tokens, widths).values())
 
 
+def scan_reach(model: Any) -> int:
+    """Elements of a tensor that the scan's kernels can address.
+
+    Args:
+        model: a `FalconH1ModelProvider`.
+    """
+    return ADDRESSABLE[_kernels_of(model)]
+
+
+def _kernels_of(model: Any) -> str:
+    """Whose kernels scan on a GPU."""
+    return scan_backend(model.ssm_backend, model.mamba_head_dim, model.mamba_state_dim, device=None)
+
+
 def _check_scan_offsets(cfg: Any) -> None:
-    """Refuse rows so long that mamba-ssm's kernels would read and write elsewhere, mostly without an error."""
+    """Refuse rows so long that the scan's kernels would read and write elsewhere, mostly without an error."""
     model = cfg.model
     length, rows = getattr(cfg.dataset, "seq_length", None), cfg.train.micro_batch_size
     on_gpu = getattr(cfg.dist, "distributed_backend", None) != "gloo"
     if not length or not rows or not on_gpu or getattr(model, "ssm_backend", "torch") == "torch":
         return
-    size = largest_scan_tensor(model, rows * length)
-    if size > ADDRESSABLE:
+    size, reach = largest_scan_tensor(model, rows * length), scan_reach(model)
+    if size > reach:
         raise UserError(
-            f"train.micro_batch_size={rows} rows of dataset.seq_length={length} tokens are too long for mamba-ssm's "
-            f"kernels: a tensor of {size:,} elements on a rank, of which they can address {ADDRESSABLE:,}. Use a "
+            f"train.micro_batch_size={rows} rows of dataset.seq_length={length} tokens are too long for the SSM's "
+            f"kernels: a tensor of {size:,} elements on a rank, of which they can address {reach:,}. Use a "
             "larger model.context_parallel_size or model.tensor_model_parallel_size, or shorter rows"
         )
 

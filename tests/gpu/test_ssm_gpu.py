@@ -1,4 +1,4 @@
-"""The fused SSM path (causal-conv1d, mamba-ssm) against the pure-torch one, same module, same weights, on the GPU."""
+"""The fused SSM path (causal-conv1d, either scan) against the pure-torch one, same module and weights, on the GPU."""
 
 import pytest
 import torch
@@ -84,25 +84,27 @@ def run(module, backend: str, x: torch.Tensor, packed_seq_params=None):
     return {"y": y.detach(), "x": x.grad, **{name: p.grad.clone() for name, p in module.named_parameters()}}
 
 
+@pytest.mark.parametrize("backend", ["triton", "mamba_ssm"])
 @pytest.mark.parametrize("gated_norm", [True, False])
 @pytest.mark.parametrize(("groups", "heads", "batch"), [(1, 4, 2), (2, 4, 2), (2, 8, 3), (1, 8, 1)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-3), (torch.bfloat16, 3e-2)])
-def test_fused_agrees_with_torch(dtype, tolerance, groups, heads, batch, gated_norm, report):
+def test_fused_agrees_with_torch(dtype, tolerance, groups, heads, batch, gated_norm, backend, report):
     """fp32: Triton's dots run in tf32. bf16: the fused kernels round states and inputs to bf16.
 
     Rows of `in_proj` are a multiple of 8 wide with 8 heads only: causal-conv1d needs a copy with 4.
     """
-    module = mixer(provider(dtype, groups, gated_norm, "mamba_ssm", heads))
+    module = mixer(provider(dtype, groups, gated_norm, backend, heads))
     randomize(module)
     x = torch.randn(333, batch, 192, device="cuda", dtype=dtype)
-    fused, plain = (run(module, backend, x) for backend in ("mamba_ssm", "torch"))
+    fused, plain = (run(module, which, x) for which in (backend, "torch"))
     errors = {name: ((fused[name] - plain[name]).norm() / plain[name].norm()).item() for name in plain}
     worst = max(errors, key=errors.get)
-    report(test="ssm fused vs torch", dtype=str(dtype), groups=groups, norm=gated_norm, **{worst: errors[worst]})
+    about = {"backend": backend, "dtype": str(dtype), "groups": groups, "norm": gated_norm}
+    report(test="ssm fused vs torch", **about, **{worst: errors[worst]})
     assert errors[worst] < tolerance, errors
 
 
-@pytest.mark.parametrize("backend", ["torch", "mamba_ssm"])
+@pytest.mark.parametrize("backend", ["torch", "mamba_ssm", "triton"])
 def test_packed_documents_get_what_they_get_alone(backend, report):
     """Values and gradients. TF32 in Triton's dots here; test_parity_gpu.py has it off."""
     module = mixer(provider(torch.float32, 2, True, backend))

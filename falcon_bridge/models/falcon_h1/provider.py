@@ -18,12 +18,13 @@ class FalconH1ModelProvider(FalconModelProvider):
 
     Attributes beyond those of `FalconModelProvider`:
         conv_kernel: Taps of the causal convolution (`mamba_d_conv`).
-        chunk_size: Chunk of the fused scan; changes speed, not results (`mamba_chunk_size`).
+        chunk_size: Chunk of mamba-ssm's scan; changes speed, not results (`mamba_chunk_size`).
         gated_norm: RMSNorm behind the SSM's gate (`mamba_rms_norm`).
-        ssm_backend: "auto" takes mamba-ssm's kernels on GPU and pure torch on CPU; "torch" is pure torch anywhere.
+        ssm_backend: Whose kernels scan: "triton", our own, or "mamba_ssm"; "torch" is pure torch anywhere. "auto"
+            takes ours on a GPU that they are made for, mamba-ssm's on another, and pure torch on CPU.
         recompute_mixer: Keep only the input of each mixer for the backward pass and run both branches again there.
             Megatron's `recompute_modules` admits no name for it; it combines with "mlp" and "layernorm" of that list.
-        recompute_gates: Do not keep what SwiGLU and, with mamba-ssm's kernels, the SSM's gate give to the next linear
+        recompute_gates: Do not keep what SwiGLU and, unless pure torch scans, the SSM's gate give to the next linear
             layer, but compute it again from what is kept anyway: a sixth of the activations for some 2 % of the time.
         layer_pattern: One symbol a layer (`pattern.SYMBOLS`), or None for the ratios.
         parallel_ratio, mamba_ratio, attention_ratio, mlp_ratio: Shares of the kinds of layers; all 0 means parallel
@@ -47,7 +48,7 @@ class FalconH1ModelProvider(FalconModelProvider):
     conv_kernel: int = 4
     chunk_size: int = 128
     gated_norm: bool = True
-    ssm_backend: Literal["auto", "mamba_ssm", "torch"] = "auto"
+    ssm_backend: Literal["auto", "triton", "mamba_ssm", "torch"] = "auto"
     recompute_mixer: bool = False
     recompute_gates: bool = False
 

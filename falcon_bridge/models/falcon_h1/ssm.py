@@ -19,6 +19,7 @@ from falcon_bridge.models.falcon_h1.norm import GroupedRMSNorm
 from falcon_bridge.ops.conv1d import causal_conv1d
 from falcon_bridge.ops.elementwise import scale_segments
 from falcon_bridge.ops.recomputed import recompute_before_backward_of
+from falcon_bridge.ops.ssd.backend import ScanBackend, scan_backend
 from falcon_bridge.ops.ssd.chunked import ssd_chunked
 from falcon_bridge.ops.ssm_scan import SSMShape, ssm_scan
 
@@ -48,7 +49,7 @@ class FalconH1MambaMixer(MambaMixer):
       the state size is unchanged, so widths, checkpoints and weight mappings stay those of the parent;
       `GatheredGroups` gives the kernels the true groups.
     - `A_log`, `D` and `dt_bias` stay in fp32 under bf16.
-    - Without mamba-ssm (or with `ssm_backend="torch"`) the scan is the pure-torch one of `falcon_bridge.ops`.
+    - `ssm_backend` chooses the scan: our Triton kernels, mamba-ssm's, or, as on the CPU, the pure-torch one.
 
     Args:
         config: A `FalconH1ModelProvider`.
@@ -131,8 +132,12 @@ class FalconH1MambaMixer(MambaMixer):
         zxbcdt, _ = self.in_proj(hidden_states)
         zxbcdt = self.cp.pre_conv_ssm(zxbcdt, cut_of(packed_seq_params))
         packed_seq_params = _covering_the_row(packed_seq_params, zxbcdt.shape[0])
-        scan = self._ssm_fused if self._use_mamba_ssm(zxbcdt) else self._ssm_torch
-        scanned = scan(zxbcdt, None if packed_seq_params is None else packed_seq_params.seq_idx)
+        seq_idx = None if packed_seq_params is None else packed_seq_params.seq_idx
+        backend = self._backend(zxbcdt)
+        if backend == "torch":
+            scanned = self._ssm_torch(zxbcdt, seq_idx)
+        else:
+            scanned = self._ssm_fused(zxbcdt, seq_idx, backend)
         y = self.cp.post_conv_ssm(scanned.y, cut_of(packed_seq_params))
         if not scanned.complete:
             out_scale = self.config.ssm_out_multiplier
@@ -146,19 +151,17 @@ class FalconH1MambaMixer(MambaMixer):
     def _segment_scales(self) -> tuple[float, ...]:
         return tuple(self.config.ssm_in_multiplier * multiplier for multiplier in self.config.ssm_multipliers)
 
-    def _use_mamba_ssm(self, x: Tensor) -> bool:
-        backend = self.config.ssm_backend
-        if backend == "torch" or (backend == "auto" and not x.is_cuda):
-            return False
-        if not have_mamba_ssm():
+    def _backend(self, x: Tensor) -> ScanBackend:
+        backend = scan_backend(self.config.ssm_backend, self.headdim, self.cp.d_state, x.device)
+        if backend != "torch" and not have_mamba_ssm():
             raise ImportError(
                 "the SSM branch needs mamba-ssm and causal-conv1d on GPU: install falcon-bridge[gpu], or set "
                 "model.ssm_backend=torch for the slow pure-torch scan"
             )
-        return True
+        return backend
 
-    def _ssm_fused(self, zxbcdt: Tensor, seq_idx: Tensor | None) -> _Scanned:
-        """`_ssm_torch` by mamba-ssm's kernels and fused gate and norm."""
+    def _ssm_fused(self, zxbcdt: Tensor, seq_idx: Tensor | None, backend: ScanBackend) -> _Scanned:
+        """`_ssm_torch` by causal-conv1d, the backend's kernels, and fused gate and norm."""
         cp, config = self.cp, self.config
         # groups that span ranks, or that context parallelism gathers behind the scan, are normalised by the module
         complete = not config.gated_norm or (cp.cp_size == 1 and not self.norm.spans_ranks)
@@ -181,6 +184,7 @@ class FalconH1MambaMixer(MambaMixer):
                 out_scale=config.ssm_out_multiplier if complete else 1.0,
                 norm_width=self.norm.group_width if fuse_norm else None,
                 eps=config.layernorm_epsilon,
+                backend=backend,
             ),
             seq_idx,
         )

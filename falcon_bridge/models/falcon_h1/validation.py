@@ -13,6 +13,7 @@ from falcon_bridge.models.build import (
 )
 from falcon_bridge.models.falcon_h1.head_parallel import HEADS
 from falcon_bridge.models.falcon_h1.pattern import ATTENTION, MAMBA, MLP, PARALLEL
+from falcon_bridge.ops.ssd.backend import scan_backend
 
 
 def check_supported(config) -> None:
@@ -28,6 +29,8 @@ def check_supported(config) -> None:
     if config.num_attention_heads < 0 or config.mamba_num_heads < 0:
         raise ValueError("num_attention_heads and mamba_num_heads must not be negative")
     _check_heads(config, pattern)
+    if config.mamba_num_heads:
+        scan_backend(config.ssm_backend, config.mamba_head_dim, config.mamba_state_dim, device=None)
     _check_parallel_layout(config)
     _check_recompute(config, pattern)
     check_bitnet(config)
@@ -43,7 +46,7 @@ def check_supported(config) -> None:
             ),
             "fused_single_qkv_rope": (
                 config.fused_single_qkv_rope,
-                "it takes queries, keys and values in one, of which the values carry a multiplier: set it to False",
+                "ops.qkv_rope does the same and scales the values: set it to False",
             ),
             "cpu_offloading": (
                 config.cpu_offloading,

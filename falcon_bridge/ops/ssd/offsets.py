@@ -1,21 +1,21 @@
-"""How long a row mamba-ssm's kernels can address.
+"""How long a row the scan's kernels can address.
 
-Their Triton code has the offset of a chunk's first element in int32: program ids and strides are int32, and
-``pid_b · stride_batch + pid_c · chunk_size · stride_seqlen + pid_h · stride_head`` is summed up before it is added to
-the pointer (`ssd_chunk_state.py`, `ssd_chunk_scan.py`, `ssd_combined.py`, `ssd_bmm.py` and the backward half of
-`ssd_state_passing.py`; state-spaces/mamba issue 1015). Beyond 2^31 elements it wraps, and the kernel reads and writes
-before the tensor, mostly without an error. Steps within a chunk advance pointers, which are 64 bits wide. A view
-counts with its strides: what matters is how far apart its first and last elements lie, not how many it has.
+Our own have 64-bit offsets. mamba-ssm's have the offset of a chunk's first element in int32: program ids and strides
+are int32, and ``pid_b · stride_batch + pid_c · chunk_size · stride_seqlen + pid_h · stride_head`` is summed up before
+it is added to the pointer (`ssd_chunk_state.py`, `ssd_chunk_scan.py`, `ssd_combined.py`, `ssd_bmm.py` and the backward
+half of `ssd_state_passing.py`; state-spaces/mamba issue 1015). Beyond 2^31 elements it wraps, and the kernel reads and
+writes before the tensor, mostly without an error. Steps within a chunk advance pointers, which are 64 bits wide. A
+view counts with its strides: what matters is how far apart its first and last elements lie, not how many it has.
 
-causal-conv1d has uint32 offsets, so twice that reach. Both launch a program for every chunk of a row on the grid's
-second axis, of which CUDA allows 65,535: those launches fail with an error.
+causal-conv1d, which runs before either, has uint32 offsets, so twice that reach. It and mamba-ssm launch a program for
+every chunk of a row on the grid's second axis, of which CUDA allows 65,535: those launches fail with an error.
 """
 
 from typing import Protocol
 
 
-ADDRESSABLE = 2**31
-"""Elements that an int32 offset reaches."""
+ADDRESSABLE = {"mamba_ssm": 2**31, "triton": 2**32}
+"""Elements that the offsets of a backend, or of the convolution before it, reach."""
 
 
 class ScanWidths(Protocol):
@@ -26,6 +26,7 @@ class ScanWidths(Protocol):
     groups: int
     d_state: int
     chunk_size: int
+    backend: str
 
 
 def scan_spans(rows: int, length: int, widths: ScanWidths) -> dict[str, int]:
@@ -38,9 +39,12 @@ def scan_spans(rows: int, length: int, widths: ScanWidths) -> dict[str, int]:
     """
     tokens, chunks = rows * length, rows * -(-length // widths.chunk_size)
     inner, bc = widths.heads * widths.head_dim, 2 * widths.groups * widths.d_state
+    # x, B and C are views of it, and so are their gradients; in_proj's wider output they never index
+    convolved = {"the convolution's output": tokens * (inner + bc)}
+    if widths.backend == "triton":
+        return convolved
     return {
-        # x, B and C are views of it, and so are their gradients; in_proj's wider output they never index
-        "the convolution's output": tokens * (inner + bc),
+        **convolved,
         "the states of the chunks": chunks * inner * widths.d_state,
         # C·B [b, s/chunk, groups, chunk, chunk]
         "the products of C and B": chunks * widths.groups * widths.chunk_size**2,
@@ -58,12 +62,14 @@ def check_scan_offsets(rows: int, length: int, widths: ScanWidths) -> None:
         widths: of the scan on this rank.
 
     Raises:
-        ValueError: If a tensor spans more than `ADDRESSABLE` elements.
+        ValueError: If a tensor spans more elements than `ADDRESSABLE` says.
     """
     name, span = max(scan_spans(rows, length, widths).items(), key=lambda item: item[1])
-    if span > ADDRESSABLE:
+    reach = ADDRESSABLE[widths.backend]
+    if span > reach:
+        whose = {"mamba_ssm": "mamba-ssm", "triton": "causal-conv1d"}[widths.backend]
         raise ValueError(
-            f"{rows} rows of {length} tokens are too long for mamba-ssm's kernels: {name} spans {span:,} elements on "
-            f"a rank, of which they can address {ADDRESSABLE:,}. Use a larger context or tensor parallel size, or "
-            "fewer or shorter rows"
+            f"{rows} rows of {length} tokens are too long for {whose}'s kernels: {name} spans {span:,} elements on a "
+            f"rank, of which they can address {reach:,}. Use a larger context or tensor parallel size, or fewer or "
+            "shorter rows"
         )

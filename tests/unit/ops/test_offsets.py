@@ -1,4 +1,4 @@
-"""How far mamba-ssm's kernels reach, against the tensors and views that `ssm_scan` hands them."""
+"""How far the scan's kernels reach, against the tensors and views that `ssm_scan` hands them."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from falcon_bridge.ops.ssm_scan import SSMShape
 
 def widths(**fields) -> SSMShape:
     shape = {"heads": 24, "head_dim": 64, "groups": 1, "d_state": 128, "chunk_size": 128, "scales": (1.0,) * 5}
-    return SSMShape(**{**shape, **fields})
+    return SSMShape(**{**shape, "backend": "mamba_ssm", **fields})
 
 
 def span(view: torch.Tensor) -> int:
@@ -35,7 +35,7 @@ def test_views_span_no_more_than_is_said(rows, fields):
 def test_the_widest_tensor_decides():
     # one more token than fits, of a tensor that is the widest in its case
     wide = widths()
-    length = ADDRESSABLE // (1536 + 2 * 128)
+    length = ADDRESSABLE["mamba_ssm"] // (1536 + 2 * 128)
     check_scan_offsets(1, length, wide)
     check_scan_offsets(2, length // 2, wide)
     for rows, tokens in ((1, length + 1), (2, length // 2 + 1)):
@@ -48,5 +48,14 @@ def test_the_widest_tensor_decides():
         check_scan_offsets(1, length, widths(groups=24, d_state=16, chunk_size=1024))
 
 
+def test_our_kernels_reach_as_far_as_the_convolution():
+    ours = widths(backend="triton")
+    length = 2 * ADDRESSABLE["mamba_ssm"] // (1536 + 2 * 128)
+    check_scan_offsets(1, length, ours)
+    check_scan_offsets(1, length, widths(backend="triton", chunk_size=16))
+    with pytest.raises(ValueError, match=rf"causal-conv1d's kernels: the convolution's output spans .* {2**32:,}"):
+        check_scan_offsets(1, length + 1, ours)
+
+
 def test_an_offset_just_within_reach_is_an_int32():
-    assert torch.iinfo(torch.int32).max == ADDRESSABLE - 1
+    assert torch.iinfo(torch.int32).max == ADDRESSABLE["mamba_ssm"] - 1

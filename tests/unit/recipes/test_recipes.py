@@ -311,19 +311,20 @@ def test_a_model_from_hugging_face_keeps_what_the_recipe_says_of_the_run(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("recipe", "longest"),
+    ("recipe", "backend", "longest"),
     [
-        ("500m", 2**31 // (1536 + 2 * 128)),  # the convolution's output is the largest
-        ("3b", 2**31 // (4096 * 256) * 128),  # the states of chunks of 128 are
-        ("34b", 4 * 2**31 // (4096 * 4 // 4 * 256) * 128),  # TP 4
+        ("500m", "mamba_ssm", 2**31 // (1536 + 2 * 128)),  # the convolution's output is the largest
+        ("3b", "mamba_ssm", 2**31 // (4096 * 256) * 128),  # the states of chunks of 128 are
+        ("34b", "mamba_ssm", 4 * 2**31 // (4096 * 4 // 4 * 256) * 128),  # TP 4
+        ("3b", "auto", 2**32 // (4096 + 2 * 256)),  # our kernels: what causal-conv1d can address
     ],
 )
-def test_rows_beyond_32_bit_offsets_are_refused(recipe, longest):
+def test_rows_beyond_the_kernels_offsets_are_refused(recipe, backend, longest):
     name = f"falcon_h1_{recipe}_pretrain_config"
     within, beyond = (longest // 4096 * 4096, longest // 4096 * 4096 + 4096)
-    overrides = ["train.micro_batch_size=1", "model.max_position_embeddings=2000000"]
+    overrides = ["train.micro_batch_size=1", "model.max_position_embeddings=2000000", f"model.ssm_backend={backend}"]
     apply_overrides(load_recipe(name), [*overrides, f"dataset.seq_length={within}", f"model.seq_length={within}"])
-    with pytest.raises(UserError, match=rf"dataset.seq_length={beyond} tokens are too long for mamba-ssm's kernels"):
+    with pytest.raises(UserError, match=rf"dataset.seq_length={beyond} tokens are too long for the SSM's kernels"):
         apply_overrides(load_recipe(name), [*overrides, f"dataset.seq_length={beyond}", f"model.seq_length={beyond}"])
     # split over ranks, or without those kernels, it is not too long
     more = [f"dataset.seq_length={beyond}", f"model.seq_length={beyond}"]
