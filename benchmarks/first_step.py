@@ -1,12 +1,13 @@
 """How long the first training step takes from a fresh process, and what of it is compiling and tuning.
 
 Every mode is a fresh process. "cold" begins with empty Triton and inductor caches, "warm" with those that the cold one
-of the same tuning left. "shipped" takes mamba-ssm's configurations from the shipped table, "autotune" times them all.
+of the same tuning left. "none" scans with our kernels, which have fixed configurations; "shipped" and "autotune" with
+mamba-ssm's, whose configurations are those of the shipped table, or all timed.
 Seconds of each stage, beside them how many Triton kernels were compiled, how many configurations were timed, and what
 torch.compile took; Triton's and torch.compile's seconds are parts of the stages', not additions.
 
     python benchmarks/first_step.py --size 0.5B
-    python benchmarks/first_step.py --size 1.5B --tuning shipped --tuning autotune --json first_step.json
+    python benchmarks/first_step.py --size 1.5B --tuning none --tuning shipped --json first_step.json
 """
 
 import argparse
@@ -20,7 +21,12 @@ from pathlib import Path
 
 
 BORN = time.perf_counter()
-TUNINGS = ("shipped", "autotune")
+SIDES = {
+    "none": "falcon_bridge",
+    "shipped": "falcon_bridge, mamba_ssm",
+    "autotune": "falcon_bridge, mamba_ssm",
+}
+"""Of `training_step.py`, by tuning."""
 STAGES = ("import", "build", "first forward", "first backward", "first optimizer step", "second step")
 
 
@@ -71,7 +77,7 @@ class Compilations:
         }
 
 
-def measure(size: str, seq_length: int) -> dict:
+def measure(size: str, seq_length: int, side: str) -> dict:
     stages, last = {}, BORN
 
     def stage(name: str) -> None:
@@ -89,7 +95,7 @@ def measure(size: str, seq_length: int) -> dict:
     torch.manual_seed(0)
     torch.cuda.set_device(0)
     tokens = torch.randint(0, SHAPES[size]["vocab_size"], (BATCH[size], seq_length), device="cuda")
-    model, loss_of = build("falcon_bridge", size, tokens)
+    model, loss_of = build(side, size, tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     torch.cuda.synchronize()
     stage("build")
@@ -113,13 +119,13 @@ def measure(size: str, seq_length: int) -> dict:
 def in_fresh_process(size: str, seq_length: int, tuning: str, caches: Path) -> dict:
     environment = {
         **os.environ,
-        "FALCON_BRIDGE_TUNING": tuning,
+        "FALCON_BRIDGE_TUNING": "shipped" if tuning == "none" else tuning,
         "MAMBA_DETERMINISTIC": "0",
         "NVTE_DEBUG": "0",
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
     }
-    command = [sys.executable, __file__, "--one", size, str(seq_length)]
+    command = [sys.executable, __file__, "--one", size, str(seq_length), SIDES[tuning]]
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     if run.returncode or not lines:
@@ -142,18 +148,18 @@ def line(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", action="append", choices=("0.5B", "1.5B"), help="0.5B")
-    parser.add_argument("--tuning", action="append", choices=TUNINGS, help="shipped")
+    parser.add_argument("--tuning", action="append", choices=list(SIDES), help="none")
     parser.add_argument("--seq-length", type=int, default=4096)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        size, seq_length = arguments.one
-        print("RESULT", json.dumps(measure(size, int(seq_length))))
+        size, seq_length, side = arguments.one
+        print("RESULT", json.dumps(measure(size, int(seq_length), side)))
         return
     results = []
     for size in arguments.size or ("0.5B",):
-        for tuning in arguments.tuning or TUNINGS[:1]:
+        for tuning in arguments.tuning or ("none",):
             with tempfile.TemporaryDirectory() as caches:
                 for state in ("cold", "warm"):
                     result = in_fresh_process(size, arguments.seq_length, tuning, Path(caches))

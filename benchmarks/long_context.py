@@ -10,6 +10,7 @@ recomputed ("longest", "curve"; only memory is drawn, times are printed); and th
 """
 
 import argparse
+import gc
 import json
 import os
 import time
@@ -34,9 +35,10 @@ def default_cases(sides) -> list[str]:
     """Most important first: a deadline may cut off the rest."""
     return [
         "longest:500M",
-        *(f"throughput:0.5B:{side}:{length}" for length in (32768, 4096) for side in sides),
+        # one process for all of its lengths: mamba-ssm's kernels, timed for a minute and more, are the same for all
+        *(f"throughput:0.5B:{side}:4096,16384,32768" for side in sides if side == "transformers"),
+        *(f"throughput:0.5B:{s}:{length}" for length in (32768, 4096, 16384) for s in sides if s != "transformers"),
         *(f"curve:500M:{pattern}:{length}" for length in (131072, 16384, 65536) for pattern in ("SSM", "hybrid")),
-        *(f"throughput:0.5B:{side}:{length}" for length in (16384, 8192) for side in sides),
         *(f"curve:500M:{pattern}:{length}" for length in (32768, 8192) for pattern in ("SSM", "hybrid")),
     ]
 
@@ -44,8 +46,8 @@ def default_cases(sides) -> list[str]:
 def run_case(case: str, figures: dict) -> None:
     kind, size, *rest = case.split(":")
     if kind == "throughput":
-        side, length = rest
-        throughput(size, side, int(length), figures)
+        side, lengths = rest
+        throughput(size, side, [int(length) for length in lengths.split(",")], figures)
         return
     with one_rank():
         if kind == "longest":
@@ -107,14 +109,31 @@ def step_of(size: str, length: int, fields: dict, steps: int, figures: dict) -> 
     figures["tokens_per_s"] = length / figures["seconds"]
 
 
-def throughput(size: str, side: str, length: int, figures: dict) -> None:
-    """A whole step of `training_step` on `TOKENS` tokens in rows of `length`."""
+def throughput(size: str, side: str, lengths: list[int], figures: dict) -> None:
+    """Whole steps of `training_step` on `TOKENS` tokens in rows of each length; several for transformers only."""
     from benchmarks.training_step import measure
 
-    result = measure(side, size, length, TOKENS // length, False)
-    figures |= {"length": length, "side": side, "device": torch.cuda.get_device_name()}
-    figures |= {"seconds": result["step_ms"] / 1e3, "tokens_per_s": result["tokens_per_s"]}
-    figures |= {"peak": int(result["peak_GiB"] * GIB), "loss": result["loss"]}
+    figures |= {"side": side, "device": torch.cuda.get_device_name(), "points": []}
+    for length in lengths:
+        result = measure(side, size, length, TOKENS // length, False)
+        point = {"length": length, "seconds": result["step_ms"] / 1e3, "tokens_per_s": result["tokens_per_s"]}
+        figures["points"].append({**point, "peak": int(result["peak_GiB"] * GIB), "loss": result["loss"]})
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def one_by_one(figures: dict) -> list[dict]:
+    """The points of a case, each with a case of its own."""
+    shared = dict(figures)
+    points, names = shared.pop("points", []), names_of(shared["case"])
+    found = [{**shared, **point, "case": name} for point, name in zip(points, names, strict=False)]
+    return found if points and "error" not in shared else [*found, shared]
+
+
+def names_of(case: str) -> list[str]:
+    """The cases that a case with several lengths stands for."""
+    name, _, lengths = case.rpartition(":")
+    return [f"{name}:{length}" for length in lengths.split(",")]
 
 
 def describe(figures: dict) -> str:
@@ -196,7 +215,7 @@ def finish(figure, path: Path, *panels) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", help="longest:SIZE[:RECOMPUTE], curve:SIZE:PATTERN:LENGTH or "
-                        "throughput:SIZE:SIDE:LENGTH; repeatable; none for no case")  # fmt: skip
+                        "throughput:SIZE:SIDE:LENGTH[,LENGTH...]; repeatable; none for no case")  # fmt: skip
     parser.add_argument("--side", action="append", help="of the throughput, as training_step names them; repeatable")
     parser.add_argument("--json", type=Path, help="results, written after each point; those of other cases stay")
     parser.add_argument("--plot", type=Path, help="directory of the pictures")
@@ -214,11 +233,13 @@ def main() -> None:
     cases = [case for case in arguments.case or default_cases(arguments.side or SIDES) if case != "none"]
     results = []
     if arguments.json and arguments.json.exists():
-        results = [figures for figures in json.loads(arguments.json.read_text()) if figures["case"] not in cases]
-    for figures in run_each("benchmarks.long_context", cases, deadline=deadline, ahead=3):
-        results.append(figures)
+        again = {name for case in cases for name in names_of(case)}
+        results = [figures for figures in json.loads(arguments.json.read_text()) if figures["case"] not in again]
+    for case in run_each("benchmarks.long_context", cases, deadline=deadline, ahead=3):
+        for figures in one_by_one(case):
+            results.append(figures)
+            print(describe(figures), flush=True)
         write_json(arguments.json, results)
-        print(describe(figures), flush=True)
     if arguments.plot:
         draw(results, arguments.plot)
 

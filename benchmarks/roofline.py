@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.training_step import BATCH, SHAPES
+from falcon_bridge.ops.ssd.backend import default_chunk
 
 
 BANDWIDTH = 3.0e12
@@ -68,7 +69,7 @@ GROUPS = {
     "head and loss": r"_row_statistics|_logits_gradient|triton_red_fused_.*(exp|max)|triton_poi_fused_.*(_div_split"
     r"|_mul_unsqueeze_view|index_put_rsub)|log_softmax|nll_loss|cross_entropy",
     "GEMMs": r"gemm|nvjet|cutlass|xmma|cublas|splitKreduce",
-    "SSD": r"chunk_scan|chunk_state|state_passing|bmm_chunk|chunk_cumsum|_chunk_|scan_innermost_dim|flip_kernel",
+    "SSD": r"_chunk_|state_passing|step_decay|_(step|input|group)_gradients|scan_innermost_dim|flip_kernel",
     "conv": r"conv1d",
     "gate and norm of the SSM": r"gated_norm|^_forward_kernel|^_backward_kernel|layer_norm_gated",
     "norms": r"rmsnorm|rms_norm|_layer_norm|LayerNorm",
@@ -93,7 +94,7 @@ def stages(size: str) -> list[Stage]:
     query = shape["num_attention_heads"] * shape["kv_channels"]
     key = shape["num_query_groups"] * shape["kv_channels"]
     inner, state = shape["mamba_num_heads"] * shape["mamba_head_dim"], shape["mamba_state_dim"]
-    bc, chunk = 2 * state, shape["chunk_size"]
+    bc = 2 * state
     conv, vocab = inner + bc, -(-shape["vocab_size"] // 128) * 128
 
     def gemm(name: str, inputs: int, outputs: int) -> Stage:
@@ -123,7 +124,7 @@ def stages(size: str) -> list[Stage]:
         gemm("in_proj GEMM", hidden, inner + conv + shape["mamba_num_heads"]),
         # its backward computes the convolution again
         elementwise("conv, SiLU", "conv", 2 * conv, 5 * conv),
-        Stage("SSD", "SSD", *_ssd(tokens, inner, state, chunk), layers),
+        Stage("SSD", "SSD", *_ssd(tokens, inner, state), layers),
         elementwise("gate (and norm)", "gate and norm of the SSM", 3 * inner, 5 * inner),
         gemm("out_proj GEMM", inner, hidden),
         # forward: both branches' outputs; backward: their inputs' gradients
@@ -145,22 +146,25 @@ def _gemm(tokens: int, inputs: int, outputs: int) -> tuple[Pass, Pass]:
     return Pass(flops, operands), Pass(2 * flops, 2 * operands)
 
 
-def _ssd(tokens: int, inner: int, state: int, chunk: int) -> tuple[Pass, Pass]:
-    """mamba-ssm's kernels, one group: forward, and the backward that computes chunk states and C·B again."""
+def _ssd(tokens: int, inner: int, state: int) -> tuple[Pass, Pass]:
+    """`ops.ssd.kernels`, one group: forward, and the backward that computes states and C·B again."""
+    chunk = default_chunk(ELEMENT)
     products = {
         "state": 2 * tokens * inner * state,  # of a chunk: into its state, out of it, and the gradients of both
         "local": tokens * inner * chunk,  # half a chunk's square, times x or its gradient
         "scores": 2 * tokens * state * chunk,  # C·B
     }
     forward = 2 * products["state"] + products["local"] + products["scores"]
-    # C·B and states again; gradients of states, x (twice), B and C; of C·B and of the decays; from C·B to B and C
-    backward = 5 * products["state"] + 3 * products["local"] + 3 * products["scores"]
-    # elements a token: x (2 reads) and y; B and C (2 reads each); in fp32 chunk states and C·B; states in bf16
-    read_write = (3 * inner + 4 * state) * ELEMENT + 12 * inner * state / chunk + 8 * chunk
-    # x and the gradient of y (5 reads each), and x's gradient; B and C (9 reads, 2 writes, fp32 parts of their
-    # gradients); states and their gradients, 6 fp32 passes and 5 in bf16; C·B and its gradient, 6 fp32 passes
-    again = 11 * inner * ELEMENT + 38 * state + 34 * inner * state / chunk + 24 * chunk
-    return Pass(forward, tokens * read_write), Pass(backward, tokens * again)
+    # states again; gradients of states, x, B and C, and what the entering states' outputs tell about decays; x's
+    # products and their gradients; C·B again, and from its gradient to B and C
+    backward = 6 * products["state"] + 2 * products["local"] + 3 * products["scores"]
+    states = inner * state / chunk
+    # elements a token: x (2 reads) and y; B (2 reads) and C; states, written and read
+    read_write = 3 * inner + 3 * state + 2 * states
+    # x and the gradient of y (3 reads each), and x's gradient; B and C (7 reads, 2 writes); states and their gradients
+    # (2 writes, 4 reads); the fp32 gradient of C·B (a write, 2 reads)
+    again = 7 * inner + 9 * state + 6 * states + 6 * chunk
+    return Pass(forward, tokens * read_write * ELEMENT), Pass(backward, tokens * again * ELEMENT)
 
 
 def _head(tokens: int, hidden: int, vocab: int) -> list[Stage]:

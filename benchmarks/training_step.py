@@ -65,7 +65,9 @@ SIDES = {
     "transformers": {},
     "bridge": MULTIPLIERS,
     "falcon_bridge": MULTIPLIERS,
+    "falcon_bridge, mamba_ssm": {**MULTIPLIERS, "ssm_backend": "mamba_ssm"},
     f"falcon_bridge{GRAPH}": MULTIPLIERS,
+    f"falcon_bridge{GRAPH}, mamba_ssm": {**MULTIPLIERS, "ssm_backend": "mamba_ssm"},
     f"falcon_bridge{GRAPH}, recompute_gates": {**MULTIPLIERS, "recompute_gates": True},
     f"falcon_bridge{GRAPH}, multipliers 1": {},
 }
@@ -82,7 +84,7 @@ HF_NAMES = {
 CATEGORIES = {
     "attention": r"cudnn|flash|fmha|sdpa",
     "GEMM": r"gemm|nvjet|cutlass|xmma|cublas",
-    "SSD": r"chunk_scan|chunk_state|state_passing|bmm_chunk|chunk_cumsum|_chunk_",
+    "SSD": r"_chunk_|state_passing|step_decay|_(step|input|group)_gradients",
     "conv": r"conv1d",
     "norm": r"norm",
     "optimizer": r"multi_tensor|adam",
@@ -285,7 +287,7 @@ def main() -> None:
     results = []
     for size in arguments.size or SHAPES:
         baseline = None
-        for side in arguments.side or list(SIDES)[:4]:
+        for side in arguments.side or ("transformers", "bridge", "falcon_bridge", f"falcon_bridge{GRAPH}"):
             result = in_fresh_process(arguments, side, size)
             results.append(result)
             if arguments.json:

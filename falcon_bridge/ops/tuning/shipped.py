@@ -1,5 +1,6 @@
 """Gives mamba-ssm's Triton kernels shipped configurations instead of timing all of them in the first step.
 
+They scan where `ssm_backend` asks for them or our own kernels, which need no table, do not fit (`ops.ssd.backend`).
 mamba-ssm tunes each of its kernels at the first call of every combination of sizes and dtypes: some 130 compilations
 and timings, 95 to 116 s of the first step on an H100. Triton's own cache of the results (TRITON_CACHE_AUTOTUNING) is
 per machine, and never holds the kernels that zero a buffer first, a third of these. So the choices for the released

@@ -26,7 +26,7 @@ def test_a_row_is_no_longer_than_the_kernels_reach(monkeypatch):
     monkeypatch.setattr(memory, "usable_memory", lambda: 2**50)
     monkeypatch.setattr(long_context, "step_of", lambda size, length, *_: lengths.append(length))
     long_context.longest("500M", "full", {})
-    assert 2**18 < lengths[0] < 2**31 // (1536 + 2 * 128)
+    assert 2**18 < lengths[0] < 2**32 // (1536 + 2 * 128) < lengths[0] + long_context.MULTIPLE
 
 
 def test_pictures_leave_out_what_failed(tmp_path):
@@ -49,3 +49,15 @@ def test_pictures_leave_out_what_failed(tmp_path):
     long_context.draw([*curves, *sides, failed], tmp_path / "images")
     assert (tmp_path / "images" / "long_context_throughput.png").read_bytes().startswith(b"\x89PNG")
     assert "out of memory" in long_context.describe(failed)
+
+
+def test_lengths_of_one_process_are_points_of_their_own():
+    shared = {"case": "throughput:0.5B:transformers:4096,8192", "side": "transformers"}
+    points = [{"length": length, "tokens_per_s": 1.0} for length in (4096, 8192)]
+    found = long_context.one_by_one({**shared, "points": points})
+    assert [figures["case"] for figures in found] == long_context.names_of(shared["case"])
+    assert [figures["length"] for figures in found] == [4096, 8192] and "points" not in found[0]
+    # what was measured before an error stays
+    failed = long_context.one_by_one({**shared, "points": points[:1], "error": "out of memory"})
+    assert [figures["case"] for figures in failed] == ["throughput:0.5B:transformers:4096", shared["case"]]
+    assert long_context.one_by_one({"case": "longest:500M", "length": 3}) == [{"case": "longest:500M", "length": 3}]

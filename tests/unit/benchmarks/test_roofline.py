@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import roofline
 from benchmarks.training_step import BATCH, SHAPES
+from falcon_bridge.ops.ssd.backend import default_chunk
 
 
 def provider(size):
@@ -26,6 +27,7 @@ def test_counts_are_those_of_the_model(size):
 
     config = provider(size)
     config.vocab_size = padded_vocab_size(config)
+    config.chunk_size = default_chunk(roofline.ELEMENT)
     assert roofline.parameters(size) == count_parameters(config)
     forward = sum(stage.layers * stage.forward.flops for stage in roofline.stages(size))
     tokens = BATCH[size] * roofline.SEQ_LENGTH
@@ -49,6 +51,8 @@ KERNELS = {
     "_chunk_scan_chunk_state_bwd_dx_kernel": "SSD",
     "_bmm_chunk_fwd_kernel": "SSD",
     "_state_passing_bwd_kernel": "SSD",
+    "_chunk_state_gradients_kernel": "SSD",
+    "_group_gradients_kernel": "SSD",
     "void causal_conv1d_channellast_bwd_kernel<Causal_conv1d_channellast": "conv",
     "void transformer_engine::normalization::rmsnorm_bwd_tuned_kernel<": "norms",
     "void transformer_engine::fused_rope_forward_kernel<__nv_bfloat16>": "RoPE",
@@ -73,7 +77,7 @@ def test_kernels_fall_into_their_groups(name, group):
 
 def test_a_profile_fills_its_block_of_a_document(tmp_path, monkeypatch):
     top = [[10.0 + index, 2, name] for index, name in enumerate(KERNELS)]
-    kernels = {"top": top, "by_category_ms_launches": {"all": [sum(row[0] for row in top) + 5.5, 50]}}
+    kernels = {"top": top, "by_category_ms_launches": {"all": [sum(row[0] for row in top) + 5.5, 2 * len(top) + 10]}}
     entries = [{"size": "0.5B", "side": "transformers"}, {"size": "0.5B", "side": "falcon_bridge", "kernels": kernels}]
     (tmp_path / "steps.json").write_text(json.dumps(entries))
     document = tmp_path / "performance.md"
