@@ -64,6 +64,14 @@ def check_architecture(config: GPTModelProvider, family: str) -> None:
             "qk_layernorm": (config.qk_layernorm, f"{family} normalises neither queries nor keys: set it to False"),
             "rope_scaling": (config.rope_scaling, "RoPE scaling is not supported: set it to False"),
             "window_size": (config.window_size, f"{family}'s attention sees the whole document: unset it"),
+            "activation_func_fp8_input_store": (
+                config.activation_func_fp8_input_store,
+                f"{family}'s SwiGLU keeps its input in the model's dtype: set it to False",
+            ),
+            "use_te_activation_func": (
+                config.use_te_activation_func,
+                f"{family}'s SwiGLU is a fused kernel already: set it to False",
+            ),
             "cross_entropy_fusion_impl": (
                 config.cross_entropy_loss_fusion and config.cross_entropy_fusion_impl == "te" and "te",
                 "Megatron warns that it is unstable: use 'native'",

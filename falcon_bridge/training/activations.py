@@ -2,14 +2,15 @@
 
 Keys are the names of the modules that save the tensors, so that `saved_tensors.SavedTensors` can be held against them.
 A tensor that two modules save is counted where it is saved first. The code paths are those of
-``transformer_impl="transformer_engine"`` with `ops.ssm_scan` on mamba-ssm's kernels and no dropout.
+``transformer_impl="transformer_engine"`` with `ops.ssm_scan` and no dropout.
 """
 
+import math
 from typing import Any
 
 from falcon_bridge.models.build import recomputed_modules
 from falcon_bridge.ops.linear_cross_entropy import default_chunk_tokens
-from falcon_bridge.training.shapes import LayerKind, RankShapes, splits_heads
+from falcon_bridge.training.shapes import LayerKind, RankShapes, scan_kernels, splits_heads
 
 
 _MIXER, _MLP = "self_attention", "mlp"
@@ -104,11 +105,9 @@ def kept_tensors(saved: dict[str, int], shapes: RankShapes, kind: LayerKind, mod
         kept = {name: size for name, size in kept.items() if not name.startswith(_MIXER)}
         kept[_MIXER] = norm_output  # the checkpoint's input
     elif "core_attn" in modules and kind.attention:
-        # the checkpoint's inputs, of which v, unless it is scaled, is a view that keeps the whole of linear_qkv's
-        # output; and its output, which is linear_proj's input
-        scale = getattr(model, "attention_in_multiplier", 1.0) * getattr(model, "attention_out_multiplier", 1.0)
-        value = shapes.key if scale != 1.0 else shapes.query + 2 * shapes.key
-        elements, core = 2 * shapes.query + shapes.key + value, f"{_attention_module(model)}.core_attention"
+        # the checkpoint's inputs; and its output, which is linear_proj's input
+        elements = 2 * shapes.query + shapes.key + _kept_by_values(shapes, model)
+        core = f"{_attention_module(model)}.core_attention"
         if splits_heads(model):
             # the output is counted with linear_proj already, and what travelled is sent again
             elements -= shapes.query
@@ -127,6 +126,19 @@ def kept_tensors(saved: dict[str, int], shapes: RankShapes, kind: LayerKind, mod
         keepers = (_MIXER, f"{_attention_module(model)}.linear_qkv", f"{_MIXER}.mamba_mixer.in_proj", "mlp.linear_fc1")
         kept = {name: size for name, size in kept.items() if name not in (*keepers, _MLP) or size != norm_output}
     return kept
+
+
+def _kept_by_values(shapes: RankShapes, model: Any) -> int:
+    """Elements a token of the storage that core attention's values are in."""
+    tp, groups = model.tensor_model_parallel_size, model.num_query_groups or model.num_attention_heads
+    # `FusedRopeSelfAttention`; a provider made where there is no GPU has local layers, and the estimate is of one with
+    fuses = model.apply_rope_fusion or model.transformer_impl == "local"
+    fused = fuses and not (model.fused_single_qkv_rope or shapes.packed) and groups >= tp
+    scale = getattr(model, "attention_in_multiplier", 1.0) * getattr(model, "attention_out_multiplier", 1.0)
+    if fused or scale != 1.0:
+        return shapes.key
+    # a view of linear_qkv's output, of all ranks where they share groups
+    return shapes.query + 2 * shapes.key if groups >= tp else tp * shapes.query + 2 * groups * shapes.key
 
 
 def backward_workspace(shapes: RankShapes, kind: LayerKind, model: Any) -> dict[str, int]:
@@ -158,21 +170,45 @@ def backward_workspace(shapes: RankShapes, kind: LayerKind, model: Any) -> dict[
 
 def _mamba_workspace(shapes: RankShapes, model: Any) -> int:
     conv = shapes.ssm_inner + 2 * shapes.ssm_bc
-    groups = shapes.ssm_bc // shapes.ssm_state
-    state = shapes.ssm_inner * shapes.ssm_state / shapes.ssm_chunk
-    per_token = (
-        # dzxbcdt, the gradients of the gated and of the scan's output; conv output and its gradient
-        (shapes.in_proj + 2 * shapes.ssm_inner + 2 * conv) * shapes.element
-        # _state_passing_bwd: chunk states and their gradients in fp32, and both again in the model's dtype
-        + (8 + 2 * shapes.element) * state
-        # C·B within a chunk, fp32
-        + 4 * groups * shapes.ssm_chunk
-        # dt and its cumulative sum, fp32
-        + 8 * shapes.ssm_heads
-    )
+    # dzxbcdt, the gradients of the gated and of the scan's output; conv output and its gradient
+    per_token = (shapes.in_proj + 2 * shapes.ssm_inner + 2 * conv) * shapes.element
+    per_token += _triton_scan(shapes) if scan_kernels(model) == "triton" else _mamba_ssm_scan(shapes)
     # GroupedRMSNorm's backward: four fp32 tensors of its width
     norm = 16 * shapes.tokens * shapes.ssm_channels if _norm_apart(model) else 0
     return max(int(shapes.ssm_tokens * per_token), norm)
+
+
+def _mamba_ssm_scan(shapes: RankShapes) -> float:
+    """Bytes a token that mamba-ssm's backward holds at most."""
+    return (
+        # _state_passing_bwd: chunk states and their gradients in fp32, and both again in the model's dtype
+        (8 + 2 * shapes.element) * shapes.ssm_inner * shapes.ssm_state / shapes.ssm_chunk
+        # C·B within a chunk, fp32
+        + 4 * _ssm_groups(shapes) * shapes.ssm_chunk
+        # dt and its cumulative sum, fp32
+        + 8 * shapes.ssm_heads
+    )
+
+
+def _triton_scan(shapes: RankShapes) -> float:
+    """Bytes a token that `ops.ssd.kernels.scan.scan_backward` holds at its end, when it holds the most."""
+    groups, chunk = _ssm_groups(shapes), shapes.ssm_chunk
+    # what the kernels make in parts to be summed up, by their `launch_config`s: where there is no Triton they cannot
+    # be asked. C·B's gradient has at most two, fewer in large batches
+    splits = min(2, math.ceil(shapes.ssm_heads / groups / 4))
+    query_parts, pair_parts = math.ceil(shapes.ssm_state / (128 if shapes.element == 2 else 32)), 2
+    return (
+        # chunk states and their gradients in the model's dtype
+        2 * shapes.element * shapes.ssm_inner * shapes.ssm_state / chunk
+        # the gradient of C·B within a chunk, fp32
+        + 4 * splits * groups * chunk
+        # fp32: dt, its summed decays, and what goes into their gradients
+        + 4 * shapes.ssm_heads * (4 + pair_parts + query_parts)
+    )
+
+
+def _ssm_groups(shapes: RankShapes) -> int:
+    return shapes.ssm_bc // shapes.ssm_state
 
 
 def loss_workspace(shapes: RankShapes, model: Any) -> int:

@@ -97,7 +97,8 @@ def estimate_memory(cfg: Any, world_size: int) -> list[StageMemory]:
         world_size: number of ranks.
     """
     model = cfg.model
-    shapes = rank_shapes(model, cfg.train.micro_batch_size, half=_precision(cfg)[0])
+    packed = getattr(cfg.dataset, "inter_document_masking", True)  # chats are packed, too
+    shapes = rank_shapes(model, cfg.train.micro_batch_size, half=_precision(cfg)[0], packed=packed)
     stages = []
     for stage in range(model.pipeline_model_parallel_size):
         state = _state(cfg, world_size, stage)

@@ -6,6 +6,7 @@ from typing import Any
 
 from falcon_bridge.models.falcon_h1.head_parallel import HEADS, HeadShare
 from falcon_bridge.models.falcon_h1.pattern import ATTENTION, MAMBA, MLP, PARALLEL
+from falcon_bridge.ops.ssd.backend import ScanBackend, default_chunk, scan_backend
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,10 @@ class RankShapes:
         query, key: widths of queries and of keys (or values).
         core_heads, core_query, core_key: attention heads and the same widths within core attention, for one of
             `tokens`: where context parallelism splits heads, some are copied and others made of zeros.
-        ssm_heads, ssm_inner, ssm_bc, ssm_state, ssm_chunk: SSM heads, inner width, width of B (or C), state and chunk.
+        ssm_heads, ssm_inner, ssm_bc, ssm_state, ssm_chunk: SSM heads, inner width, width of B (or C), state and the
+            chunk with which it scans.
         ssm_channels: inner width on a tensor-parallel rank, before context parallelism.
+        packed: whether rows may hold documents that are kept apart.
     """
 
     tokens: int
@@ -99,6 +102,7 @@ class RankShapes:
     ssm_state: int
     ssm_chunk: int
     ssm_channels: int
+    packed: bool
 
     @property
     def in_proj(self) -> int:
@@ -106,13 +110,14 @@ class RankShapes:
         return 2 * self.ssm_inner + 2 * self.ssm_bc + self.ssm_heads
 
 
-def rank_shapes(model: Any, rows: int, *, half: bool) -> RankShapes:
+def rank_shapes(model: Any, rows: int, *, half: bool, packed: bool = True) -> RankShapes:
     """The widths of `model` on a rank.
 
     Args:
         model: a finalized provider.
         rows: micro-batch size.
         half: whether activations have 16 bits.
+        packed: whether rows may hold documents that are kept apart.
     """
     tp, cp = model.tensor_model_parallel_size, model.context_parallel_size or 1
     tokens = rows * model.seq_length // cp
@@ -146,9 +151,23 @@ def rank_shapes(model: Any, rows: int, *, half: bool) -> RankShapes:
         ssm_inner=inner // cp,
         ssm_bc=ssm_groups * model.mamba_state_dim if mamba else 0,
         ssm_state=model.mamba_state_dim if mamba else 0,
-        ssm_chunk=model.chunk_size if mamba else 1,
+        ssm_chunk=_scan_chunk(model, element) if mamba else 1,
         ssm_channels=inner,
+        packed=packed,
     )
+
+
+def scan_kernels(model: Any) -> ScanBackend:
+    """Whose kernels scan on a GPU like those that ours are made for.
+
+    Args:
+        model: a provider with SSM heads.
+    """
+    return scan_backend(model.ssm_backend, model.mamba_head_dim, model.mamba_state_dim, device=None)
+
+
+def _scan_chunk(model: Any, element: int) -> int:
+    return default_chunk(element) if scan_kernels(model) == "triton" else model.chunk_size
 
 
 def splits_heads(model: Any) -> bool:

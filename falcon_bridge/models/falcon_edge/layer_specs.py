@@ -2,14 +2,16 @@
 
 from functools import partial
 
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from falcon_bridge.models.attention import FusedRopeSelfAttention
 from falcon_bridge.models.falcon_h1.layer_specs import backend_for
+from falcon_bridge.models.mlp import SwiGLUMLP
 from falcon_bridge.models.residual import get_residual_add
 
 
@@ -37,11 +39,11 @@ def falcon_edge_layer_spec(config) -> ModuleSpec:
         submodules=TransformerLayerSubmodules(
             input_layernorm=backend.residual_norm,
             self_attention=ModuleSpec(
-                module=SelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
+                module=FusedRopeSelfAttention, params={"attn_mask_type": AttnMaskType.causal}, submodules=attention
             ),
             self_attn_bda=get_residual_add,
             pre_mlp_layernorm=backend.residual_norm,
-            mlp=partial(MLP.as_mlp_submodule, submodules=mlp),
+            mlp=partial(SwiGLUMLP.as_mlp_submodule, submodules=mlp),
             mlp_bda=get_residual_add,
         ),
     )

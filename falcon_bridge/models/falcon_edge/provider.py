@@ -22,7 +22,7 @@ class FalconEdgeModelProvider(FalconModelProvider):
 
     rotary_base: float = 1e6
     transformer_layer_spec: object = falcon_edge_block_spec
-    bias_activation_fusion: bool = True
+    bias_activation_fusion: bool = False
     use_bitnet: bool = True
 
     def finalize(self) -> None:
@@ -33,8 +33,6 @@ class FalconEdgeModelProvider(FalconModelProvider):
         """
         check_supported(self)
         settle_execution(self)
-        if self.transformer_impl == "local":
-            self.bias_activation_fusion = False  # compiles with torch.compile, for minutes on a CPU
         super().finalize()
 
     def _get_num_floating_point_operations_with_runtime_stats(

@@ -31,6 +31,10 @@ def check_supported(config) -> None:
             "use_mup": (config.use_mup, "Falcon-Edge has no multipliers: unset it"),
             "attention_output_gate": (config.attention_output_gate, "Falcon-Edge's attention has no gate: unset it"),
             "fp16": (config.fp16, "use bf16"),
+            "cpu_offloading": (
+                config.cpu_offloading,
+                "offloading has not been shown to be right for Falcon-Edge: use recompute_granularity",
+            ),
         }
     )
     check_expressible(config, "Falcon-Edge")

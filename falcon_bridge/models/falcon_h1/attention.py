@@ -7,15 +7,15 @@ import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from falcon_bridge.models.attention import FusedRopeSelfAttention
 from falcon_bridge.models.falcon_h1.head_parallel import RowsCutWhole
 
 
-class FalconH1SelfAttention(SelfAttention):
+class FalconH1SelfAttention(FusedRopeSelfAttention):
     """Grouped-query attention with NeoX RoPE, without biases or q/k norms.
 
     The µP multipliers cost next to nothing: `key_multiplier` and the square of `attention_in_multiplier` are part of
@@ -23,11 +23,10 @@ class FalconH1SelfAttention(SelfAttention):
     and `attention_out_multiplier`, with which attention and `linear_proj` commute, scale the values' few channels.
     """
 
-    def get_query_key_value_tensors(self, *args, **kwargs):
-        """Queries, keys and values as Megatron splits them, the values scaled."""
-        query, key, value, *rest = super().get_query_key_value_tensors(*args, **kwargs)
-        scale = self.config.attention_in_multiplier * self.config.attention_out_multiplier
-        return query, key, value if scale == 1.0 else value * scale, *rest
+    @property
+    def value_scale(self) -> float:
+        """`attention_in_multiplier` times `attention_out_multiplier`."""
+        return self.config.attention_in_multiplier * self.config.attention_out_multiplier
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None, *, packed_seq_params=None, **kwargs

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from falcon_bridge.models.attention import FusedRopeSelfAttention
 from falcon_bridge.training.activations import kept_tensors, saved_tensors
 from falcon_bridge.training.memory import count_parameters, kept_bytes
 from falcon_bridge.training.saved_tensors import SavedTensors
@@ -112,6 +113,28 @@ def test_full_recompute_keeps_the_checkpoints_inputs(method, layers):
     # the last layer's input comes from a checkpoint here, and "block" does not checkpoint it
     rest = sum(last.values()) if method == "block" else 0
     assert kept_bytes(model.config, shapes, kinds) == inputs + rest
+
+
+@pytest.mark.parametrize(("groups", "scale"), [(2, 1.0), (4, 1.0), (2, 0.7)])
+def test_values_of_one_operation_keep_nothing_but_themselves(groups, scale):
+    """Before a recomputed core attention; Megatron's are a view of linear_qkv's output, unless they are scaled."""
+    fields = {"num_query_groups": groups, "attention_in_multiplier": 1.0, "attention_out_multiplier": scale}
+    model = small(layer_pattern="P*--", recompute_granularity="selective", **fields)
+
+    def kept_inputs(fused):
+        for module in model.modules():
+            if isinstance(module, FusedRopeSelfAttention):
+                module.config.apply_rope_fusion = fused  # as on a GPU
+        inputs = [tensor for tensor in measured(model).tensors if tensor.new and tensor.shape[1:2] == (ROWS,)]
+        return sum(tensor.storage_bytes for tensor in inputs if tensor.module.endswith(".attention"))
+
+    expected = []
+    for packed in (True, False):
+        shapes, kinds = rank_shapes(model.config, ROWS, half=False, packed=packed), layer_kinds(model.config)
+        expected.append(kept_bytes(model.config, shapes, kinds))
+    views, own = kept_inputs(fused=False), kept_inputs(fused=True)
+    assert views - own == expected[0] - expected[1]
+    assert own == 2 * ROWS * LENGTH * 4 * (64 + 2 * 16 * groups) and (views > own) == (scale == 1.0)
 
 
 def test_what_comes_from_a_wrapped_model_has_the_same_names():

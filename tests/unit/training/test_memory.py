@@ -2,15 +2,17 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from falcon_bridge.ops.linear_cross_entropy import MAX_LOGITS_BYTES
 from falcon_bridge.ranks import run_ranks
-from falcon_bridge.training.activations import kept_tensors, loss_workspace, saved_tensors
+from falcon_bridge.training.activations import backward_workspace, kept_tensors, loss_workspace, saved_tensors
 from falcon_bridge.training.advice import advice, fewest_gpus, peak_memory
 from falcon_bridge.training.documents import check_documents
 from falcon_bridge.training.memory import count_parameters, estimate_memory, usable_memory
 from falcon_bridge.training.parameters import stage_parameters
-from falcon_bridge.training.shapes import layer_kinds, padded_vocab_size, rank_shapes, stage_chunks
+from falcon_bridge.training.shapes import LayerKind, layer_kinds, padded_vocab_size, rank_shapes, stage_chunks
 
 
 GIB = 2**30
@@ -231,6 +233,102 @@ def test_split_heads_are_copied_where_there_are_fewer_than_ranks():
     kept = of_attention(kept_tensors(saved_tensors(split, kind, heads), split, kind, heads))
     value = 128 if heads.attention_in_multiplier * heads.attention_out_multiplier != 1.0 else 512 + 2 * 128
     assert kept == {core: 512 * 2 * (512 + 128 + value), **of_projection}
+
+
+@pytest.mark.parametrize(
+    ("fields", "packed", "value"),
+    [
+        ({}, False, 128),
+        ({}, True, 512 + 2 * 128),
+        ({"attention_out_multiplier": 0.5}, True, 128),
+        ({"tensor_model_parallel_size": 2}, False, 64),
+        ({"tensor_model_parallel_size": 4}, False, 512 + 2 * 128),  # two groups: gathered from all ranks
+        ({"tensor_model_parallel_size": 4, "attention_out_multiplier": 0.5}, False, 64),
+        ({"apply_rope_fusion": True}, False, 128),
+        ({"apply_rope_fusion": False}, False, 512 + 2 * 128),
+    ],
+)
+def test_unscaled_values_keep_what_they_are_a_view_of(fields, packed, value):
+    from falcon_bridge import FalconH1ModelProvider500M
+
+    plain = {"attention_in_multiplier": 1.0, "attention_out_multiplier": 1.0, "recompute_granularity": "selective"}
+    fusion = fields.get("apply_rope_fusion")
+    model = FalconH1ModelProvider500M(seq_length=4096, **{**plain, **fields, "apply_rope_fusion": False})
+    model.finalize()
+    if fusion is not None:  # finalized with Transformer Engine
+        model.transformer_impl, model.apply_rope_fusion = "transformer_engine", fusion
+    shapes, kind = rank_shapes(model, 1, half=True, packed=packed), layer_kinds(model)[0]
+    kept = kept_tensors(saved_tensors(shapes, kind, model), shapes, kind, model)
+    query, key = 512 // model.tensor_model_parallel_size, shapes.key
+    assert kept["self_attention.attention.core_attention"] == 4096 * 2 * (2 * query + key + value)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes that tensors which operations made have held at once, where the device is "meta"."""
+
+    def __init__(self):
+        super().__init__()
+        self.most, self._live = 0, WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._live[storage] = storage.nbytes()
+        self.most = max(self.most, sum(self._live.values()))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "half", "fields"),
+    [
+        ("500M", 4, True, {}),
+        ("7B", 1, True, {}),
+        ("34B", 1, True, {"tensor_model_parallel_size": 2}),
+        ("90M", 1, True, {"seq_length": 512}),
+        ("500M", 2, False, {}),
+    ],
+)
+def test_the_scans_backward_holds_as_much_as_the_formula_says(size, rows, half, fields, monkeypatch):
+    import falcon_bridge
+    from falcon_bridge.ops.launch import FastLaunch
+    from falcon_bridge.ops.ssd.kernels.scan import scan_backward
+
+    model = getattr(falcon_bridge, f"FalconH1ModelProvider{size}")(**{"seq_length": 4096, **fields})
+    model.finalize()
+    shapes = rank_shapes(model, rows, half=half)
+    heads, groups, state = shapes.ssm_heads, shapes.ssm_bc // shapes.ssm_state, shapes.ssm_state
+    monkeypatch.setattr(FastLaunch, "__call__", lambda *arguments: None)
+    dtype = torch.bfloat16 if half else torch.float32
+    with torch.device("meta"):
+        x = torch.empty(rows, model.seq_length, heads, shapes.ssm_inner // heads, dtype=dtype)
+        b = torch.empty(rows, model.seq_length, groups, state, dtype=dtype)
+        raw_dt, of_heads = torch.empty(rows, model.seq_length, heads, dtype=dtype), torch.empty(heads)
+        with LiveBytes() as live:
+            scan_backward(
+                x, None, x, b, b, raw_dt, 1.0, of_heads, of_heads, of_heads, None, shapes.ssm_chunk,
+                dx=x, db=b, dc=b, draw_dt=raw_dt,
+            )  # fmt: skip
+    kind = LayerKind(attention=False, mamba=True, mlp=False)
+    stream = shapes.tokens * shapes.hidden * (shapes.residual + 2 * shapes.element)
+    conv = shapes.ssm_inner + 2 * shapes.ssm_bc
+    around = shapes.tokens * (shapes.in_proj + 2 * shapes.ssm_inner + 2 * conv) * shapes.element
+    estimate = backward_workspace(shapes, kind, model)["self_attention"] - stream - around
+    # where the kernel makes one part of C·B's gradient, the formula has one more
+    assert 0.98 * live.most < estimate < 1.1 * live.most
+
+
+def test_chunks_are_those_of_the_kernels_that_scan():
+    from falcon_bridge import FalconH1ModelProvider3B
+
+    def chunk(half=True, **fields):
+        model = FalconH1ModelProvider3B(seq_length=4096, chunk_size=256, **fields)
+        model.finalize()
+        return rank_shapes(model, 1, half=half).ssm_chunk
+
+    assert (chunk(), chunk(half=False), chunk(ssm_backend="mamba_ssm")) == (128, 64, 256)
+    assert chunk(mamba_head_dim=24) == 256  # not a size that our kernels take
 
 
 def test_a_chunked_loss_does_not_grow_with_the_logits():

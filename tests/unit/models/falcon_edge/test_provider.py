@@ -62,6 +62,16 @@ def test_released_sizes_have_the_published_parameters(provider, parameters):
         ({"qk_layernorm": True}, "qk_layernorm=True is not supported"),
         ({"add_bias_linear": True}, "add_bias_linear=True is not supported"),
         ({"fp16": True}, "fp16=True is not supported; use bf16"),
+        (
+            {"activation_func_fp8_input_store": True},
+            "activation_func_fp8_input_store=True is not supported; .* to False",
+        ),
+        ({"use_te_activation_func": True}, "use_te_activation_func=True is not supported; .* to False"),
+        ({"cpu_offloading": True}, "cpu_offloading=True is not supported with use_bitnet=True"),
+        (
+            {"cpu_offloading": True, "cpu_offloading_num_layers": 1, "use_bitnet": False},
+            "cpu_offloading=True is not supported; .* use recompute_granularity",
+        ),
         ({"normalization": "LayerNorm"}, "normalization='LayerNorm' is not supported by Falcon-Edge; use 'RMSNorm'"),
         ({"activation_func": torch.nn.functional.gelu}, "activation_func=.* use silu"),
         ({"rotary_percent": 0.5}, "rotary_percent=0.5 is not supported by Falcon-Edge; use 1.0"),

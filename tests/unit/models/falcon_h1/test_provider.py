@@ -39,6 +39,8 @@ def fields_of(provider):
         ("add_qkv_bias", True),
         ("qk_layernorm", True),
         ("rope_scaling", True),
+        ("activation_func_fp8_input_store", True),
+        ("use_te_activation_func", True),
         ("fp16", True),
     ],
 )
