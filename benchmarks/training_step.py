@@ -2,7 +2,9 @@
 
 A step is forward, backward and a fused AdamW over all parameters, bf16, random tokens, each side in a fresh process.
 Shapes and multipliers are the same for all sides. In "falcon_bridge, graph" Megatron captures forward and backward,
-as under `model.cuda_graph_impl=full_iteration`. `--profile` adds how long the GPU is busy, and with what.
+as under `model.cuda_graph_impl=full_iteration`. mamba-ssm's kernels have our shipped configurations on the side of
+transformers, too, instead of a minute of tuning; FALCON_BRIDGE_TUNING=autotune has them timed. `--profile` adds how
+long the GPU is busy, and with what.
 
     TRITON_CACHE_AUTOTUNING=1 python benchmarks/training_step.py --json steps.json
     python benchmarks/training_step.py --size 0.5B --side falcon_bridge --profile
@@ -96,6 +98,9 @@ def transformers_step(shape: dict, tokens):
     import torch
     from transformers import FalconH1Config, FalconH1ForCausalLM
 
+    from falcon_bridge.ops.tuning.shipped import use_shipped_tuning
+
+    use_shipped_tuning()
     config = FalconH1Config(
         **{HF_NAMES.get(name, name): value for name, value in shape.items()},
         **{name: list(value) if isinstance(value, tuple) else value for name, value in MULTIPLIERS.items()},
