@@ -83,7 +83,8 @@ def ssm_scan(
         d_skip: `[heads]`, fp32.
         norm_weight: `[inner]`, or None for no norm.
         shape: Widths and constants.
-        seq_idx: Document of each token, int32 `[b, s]`; convolution and state restart where it changes.
+        seq_idx: Document of each token, int32 `[b, s]`; convolution and state restart where it changes. No number may
+            come back for another document.
 
     Returns:
         `[s, b, inner]`, contiguous, in zxbcdt's dtype; and what writes it again into a tensor that it is given, from
@@ -99,6 +100,8 @@ def ssm_scan(
             f"causal-conv1d needs a multiple of 8 channels on each rank, not {shape.segments[1]} (heads times head "
             "size, and twice groups times state): use another tensor or context parallel size, or ssm_backend=torch"
         )
+    if zxbcdt.stride(2) != 1:
+        zxbcdt = zxbcdt.contiguous()
     check_scan_offsets(zxbcdt.shape[1], zxbcdt.shape[0], shape)
     out, y = _SSMScan.apply(zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, shape, seq_idx)
     # not with autograd's own zxbcdt, which leads to the graph that will hold the function
@@ -110,8 +113,6 @@ class _SSMScan(torch.autograd.Function):
     def forward(ctx, zxbcdt, conv_weight, conv_bias, dt_bias, a_log, d_skip, norm_weight, shape, seq_idx):
         from falcon_bridge.ops.gated_norm_kernels import gated_norm
 
-        if zxbcdt.stride(2) != 1:
-            zxbcdt = zxbcdt.contiguous()
         seq_idx = None if seq_idx is None else seq_idx.contiguous()
         z, xbc, dt = zxbcdt.split(shape.segments, dim=-1)
         # in fp32, the multipliers of the convolution's input in its weight
@@ -135,6 +136,8 @@ class _SSMScan(torch.autograd.Function):
 
         from falcon_bridge.ops.gated_norm_kernels import gated_norm_backward
 
+        if grad is None:  # what is behind the result passed none on
+            return (None,) * 9
         zxbcdt, weight, bias, dt_bias, decay, d_skip, norm_weight, seq_idx, y, rstd = ctx.saved_tensors
         shape, (weight_dtype, bias_dtype, a_dtype) = ctx.shape, ctx.dtypes
         z, xbc, dt = zxbcdt.split(shape.segments, dim=-1)

@@ -218,7 +218,10 @@ def _check_scan_offsets(cfg: Any) -> None:
     on_gpu = getattr(cfg.dist, "distributed_backend", None) != "gloo"
     if not length or not rows or not on_gpu or getattr(model, "ssm_backend", "torch") == "torch":
         return
-    size, reach = largest_scan_tensor(model, rows * length), scan_reach(model)
+    try:
+        size, reach = largest_scan_tensor(model, rows * length), scan_reach(model)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if size > reach:
         raise UserError(
             f"train.micro_batch_size={rows} rows of dataset.seq_length={length} tokens are too long for the SSM's "

@@ -8,6 +8,7 @@ import torch
 
 ScanBackend = Literal["triton", "mamba_ssm", "torch"]
 
+_WANTED = ("auto", "triton", "mamba_ssm", "torch")
 _HEAD_DIMS, _STATES = (16, 32, 64, 128), (16, 32, 64, 128, 256)
 # what a program may take of a multiprocessor's shared memory on Hopper, for which the kernels' blocks are chosen
 _SHARED_MEMORY = 232_448
@@ -29,8 +30,10 @@ def scan_backend(
         device: Of the tensors; None for a GPU like those that the kernels are made for.
 
     Raises:
-        ValueError: If "triton" is asked for on a CPU, or for sizes that the kernels do not take.
+        ValueError: If `wanted` is none of these, or "triton" for a CPU or sizes that the kernels do not take.
     """
+    if wanted not in _WANTED:
+        raise ValueError(f"ssm_backend={wanted!r} is not known: use one of {', '.join(_WANTED)}")
     on_gpu = device is None or device.type == "cuda"
     if wanted in ("torch", "mamba_ssm"):
         return wanted

@@ -7,8 +7,10 @@ half of `ssd_state_passing.py`; state-spaces/mamba issue 1015). Beyond 2^31 elem
 writes before the tensor, mostly without an error. Steps within a chunk advance pointers, which are 64 bits wide. A
 view counts with its strides: what matters is how far apart its first and last elements lie, not how many it has.
 
-causal-conv1d, which runs before either, has uint32 offsets, so twice that reach. It and mamba-ssm launch a program for
-every chunk of a row on the grid's second axis, of which CUDA allows 65,535: those launches fail with an error.
+causal-conv1d, which runs before either, multiplies token and stride in uint32, so it has twice that reach; but what it
+reads and writes are views into in_proj's output and its gradient, whose rows are wider. It and mamba-ssm launch a
+program for every chunk of a row on the grid's second axis, of which CUDA allows 65,535: those launches fail with an
+error.
 """
 
 from typing import Protocol
@@ -16,6 +18,8 @@ from typing import Protocol
 
 ADDRESSABLE = {"mamba_ssm": 2**31, "triton": 2**32}
 """Elements that the offsets of a backend, or of the convolution before it, reach."""
+_TILE = 256
+"""Tokens that one tile of ours takes at most; within it, offsets are int32."""
 
 
 class ScanWidths(Protocol):
@@ -39,12 +43,11 @@ def scan_spans(rows: int, length: int, widths: ScanWidths) -> dict[str, int]:
     """
     tokens, chunks = rows * length, rows * -(-length // widths.chunk_size)
     inner, bc = widths.heads * widths.head_dim, 2 * widths.groups * widths.d_state
-    # x, B and C are views of it, and so are their gradients; in_proj's wider output they never index
-    convolved = {"the convolution's output": tokens * (inner + bc)}
     if widths.backend == "triton":
-        return convolved
+        return {"in_proj's output": tokens * (2 * inner + bc + widths.heads)}
     return {
-        **convolved,
+        # x, B and C are views of it, and so are their gradients; twice its width, uint32 reaches over in_proj's output
+        "the convolution's output": tokens * (inner + bc),
         "the states of the chunks": chunks * inner * widths.d_state,
         # C·B [b, s/chunk, groups, chunk, chunk]
         "the products of C and B": chunks * widths.groups * widths.chunk_size**2,
@@ -64,6 +67,12 @@ def check_scan_offsets(rows: int, length: int, widths: ScanWidths) -> None:
     Raises:
         ValueError: If a tensor spans more elements than `ADDRESSABLE` says.
     """
+    width = max(scan_spans(rows, 1, widths).values())
+    if widths.backend == "triton" and width * _TILE >= 2**31:
+        raise ValueError(
+            f"{rows} rows are too many for the scan's kernels: tokens of a row lie {width:,} elements apart, of which "
+            f"they can address {2**31 // _TILE:,}. Use a smaller micro batch"
+        )
     name, span = max(scan_spans(rows, length, widths).items(), key=lambda item: item[1])
     reach = ADDRESSABLE[widths.backend]
     if span > reach:

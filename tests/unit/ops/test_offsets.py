@@ -48,13 +48,25 @@ def test_the_widest_tensor_decides():
         check_scan_offsets(1, length, widths(groups=24, d_state=16, chunk_size=1024))
 
 
-def test_our_kernels_reach_as_far_as_the_convolution():
+def test_our_kernels_reach_as_far_as_the_convolution_reaches_over_in_proj():
     ours = widths(backend="triton")
-    length = 2 * ADDRESSABLE["mamba_ssm"] // (1536 + 2 * 128)
+    zxbcdt = torch.empty(1000, 3, sum(ours.segments), device="meta")
+    xbc = zxbcdt.split(ours.segments, dim=-1)[1]
+    said = scan_spans(3, 1000, ours)["in_proj's output"]
+    assert 0.99 * said < span(xbc) <= said
+    length = 2**32 // sum(ours.segments)
     check_scan_offsets(1, length, ours)
     check_scan_offsets(1, length, widths(backend="triton", chunk_size=16))
-    with pytest.raises(ValueError, match=rf"causal-conv1d's kernels: the convolution's output spans .* {2**32:,}"):
+    with pytest.raises(ValueError, match=rf"causal-conv1d's kernels: in_proj's output spans .* {2**32:,}"):
         check_scan_offsets(1, length + 1, ours)
+
+
+def test_a_tile_of_ours_has_int32_offsets():
+    ours = widths(backend="triton")
+    rows = 2**31 // 256 // sum(ours.segments)
+    check_scan_offsets(rows, 128, ours)
+    with pytest.raises(ValueError, match=f"{rows + 1} rows are too many for the scan's kernels"):
+        check_scan_offsets(rows + 1, 128, ours)
 
 
 def test_an_offset_just_within_reach_is_an_int32():

@@ -33,3 +33,9 @@ def test_what_runs(monkeypatch, wanted, sizes, device, room, found):
 def test_what_our_kernels_cannot_do_is_said(sizes, device):
     with pytest.raises(ValueError, match=r"ssm_backend=triton needs a GPU, a head size of .* set ssm_backend=auto"):
         scan_backend("triton", *sizes, device)
+
+
+@pytest.mark.parametrize("wanted", ["mamba", None])
+def test_another_name_is_refused(wanted):
+    with pytest.raises(ValueError, match=r"ssm_backend=.* is not known: use one of auto, triton, mamba_ssm, torch"):
+        scan_backend(wanted, 64, 128, CPU)

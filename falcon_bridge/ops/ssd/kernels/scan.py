@@ -39,7 +39,8 @@ def scan_forward(
         dt_bias: `[heads]`, fp32.
         a: `[heads]`, fp32, negative.
         d: `[heads]`, fp32, weight of the skip connection.
-        seq_idx: Document of each token, int32 `[b, s]`, contiguous; the state restarts where it changes.
+        seq_idx: Document of each token, int32 `[b, s]`, contiguous; the state restarts where it changes. No number may
+            come back for another document.
         chunk: Tokens a chunk, a power of two from 16 to 256; the result does not depend on it.
 
     Returns:

@@ -28,7 +28,8 @@ def _chunk_states_kernel(
     HAS_SEQ_IDX: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    blocks: tl.constexpr = (P // BLOCK_P) * (N // BLOCK_N)
+    block, row = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = row // H, row % H
     p = block // (N // BLOCK_N) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = block % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -69,7 +70,8 @@ def _chunk_state_gradients_kernel(
     HAS_SEQ_IDX: tl.constexpr, L: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, UNIT: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    blocks: tl.constexpr = (P // BLOCK_P) * (N // BLOCK_N)
+    block, row = tl.program_id(0) % blocks, (tl.program_id(0) // blocks).to(tl.int64)
     batch, head = row // H, row % H
     p = block // (N // BLOCK_N) * BLOCK_P + tl.arange(0, BLOCK_P)
     n = block % (N // BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -83,7 +85,7 @@ def _chunk_state_gradients_kernel(
     states_ptr += batch * CHUNKS * state_step + head * (P * N)
     dstates_ptr += batch * CHUNKS * state_step + head * (P * N)
     decay_ptr += row * CHUNKS * L
-    decay_grad_ptr += (block * tl.num_programs(1) + row) * CHUNKS
+    decay_grad_ptr += (block * (tl.num_programs(0).to(tl.int64) // blocks) + row) * CHUNKS
     if HAS_SEQ_IDX:
         doc_ptr += batch * S
 
@@ -139,7 +141,7 @@ def chunk_states(
     unit = _unit(x, b)
     launch = _forward(HAS_SEQ_IDX=seq_idx is not None, L=size, P=head_dim, N=d_state, UNIT=unit, **config)
     launch(
-        (head_dim // config["BLOCK_P"] * (d_state // config["BLOCK_N"]), batch * heads),
+        (head_dim // config["BLOCK_P"] * (d_state // config["BLOCK_N"]) * batch * heads,),
         *(x, b, dt, log2_decay, seq_idx, states, length, heads, heads // groups, chunks),
         *(stride // unit for stride in (*x.stride()[:2], *b.stride()[:2])),
     )
@@ -179,7 +181,7 @@ def chunk_state_gradients(
     unit = _unit(dy, c)
     launch = _backward(HAS_SEQ_IDX=seq_idx is not None, L=size, P=head_dim, N=d_state, UNIT=unit, **config)
     launch(
-        (parts, batch * heads),
+        (parts * batch * heads,),
         *(dy, c, log2_decay, seq_idx, states, dstates, decay_grad, length, heads, heads // groups, chunks),
         *(stride // unit for stride in (*dy.stride()[:2], *c.stride()[:2])),
     )
