@@ -37,9 +37,7 @@ def _step_decay_kernel(
     heads = first + inner
     mask = (heads < H)[:, None] & (tokens < S - chunk * L)[None, :]
     raw_ptr += b * raw_b + chunk * L * raw_s + first.to(tl.int64) * raw_h
-    raw = tl.load(raw_ptr + inner[:, None] * raw_h + tokens[None, :] * raw_s, mask=mask, other=0.0).to(
-        tl.float32
-    )
+    raw = tl.load(raw_ptr + inner[:, None] * raw_h + tokens[None, :] * raw_s, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + heads, mask=heads < H, other=0.0)
     a = tl.load(a_ptr + heads, mask=heads < H, other=0.0)
     dt = tl.where(mask, _softplus(raw * dt_scale + bias[:, None]), 0.0)
@@ -84,9 +82,7 @@ def _step_gradients_kernel(
     dalpha = tl.cumsum(after, 1, reverse=True) + tl.cumsum(before, 1) + through[:, None]
 
     raw_ptr += b * raw_b + chunk * L * raw_s + first.to(tl.int64) * raw_h
-    raw = tl.load(raw_ptr + inner[:, None] * raw_h + tokens[None, :] * raw_s, mask=mask, other=0.0).to(
-        tl.float32
-    )
+    raw = tl.load(raw_ptr + inner[:, None] * raw_h + tokens[None, :] * raw_s, mask=mask, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + heads, mask=heads < H, other=0.0)
     a = tl.load(a_ptr + heads, mask=heads < H, other=0.0)
     dt = tl.load(dt_ptr + base + at, mask=rows, other=0.0)
