@@ -10,7 +10,8 @@ from typing import Any
 
 from falcon_bridge.models.build import recomputed_modules
 from falcon_bridge.ops.linear_cross_entropy import default_chunk_tokens
-from falcon_bridge.training.shapes import LayerKind, RankShapes, scan_kernels, splits_heads
+from falcon_bridge.training.limits import scan_kernels
+from falcon_bridge.training.shapes import LayerKind, RankShapes, splits_heads
 
 
 _MIXER, _MLP = "self_attention", "mlp"

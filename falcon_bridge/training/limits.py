@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from typing import Any, get_args
 
 from falcon_bridge.errors import UserError
-from falcon_bridge.ops.ssd.backend import scan_backend
+from falcon_bridge.ops.ssd.backend import ScanBackend, scan_backend
 from falcon_bridge.ops.ssd.offsets import ADDRESSABLE, scan_spans
 
 
@@ -192,7 +192,7 @@ def largest_scan_tensor(model: Any, tokens: int) -> int:
         groups=max(1, model.mamba_num_groups // ranks),  # more ranks than groups: each has the whole of one
         d_state=model.mamba_state_dim,
         chunk_size=model.chunk_size,
-        backend=_kernels_of(model),
+        backend=scan_kernels(model),
     )
     return max(scan_spans(1, tokens, widths).values())
 
@@ -203,11 +203,15 @@ def scan_reach(model: Any) -> int:
     Args:
         model: a `FalconH1ModelProvider`.
     """
-    return ADDRESSABLE[_kernels_of(model)]
+    return ADDRESSABLE[scan_kernels(model)]
 
 
-def _kernels_of(model: Any) -> str:
-    """Whose kernels scan on a GPU."""
+def scan_kernels(model: Any) -> ScanBackend:
+    """Whose kernels scan on a GPU like those that ours are made for.
+
+    Args:
+        model: a `FalconH1ModelProvider`.
+    """
     return scan_backend(model.ssm_backend, model.mamba_head_dim, model.mamba_state_dim, device=None)
 
 

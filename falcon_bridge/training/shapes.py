@@ -6,7 +6,8 @@ from typing import Any
 
 from falcon_bridge.models.falcon_h1.head_parallel import HEADS, HeadShare
 from falcon_bridge.models.falcon_h1.pattern import ATTENTION, MAMBA, MLP, PARALLEL
-from falcon_bridge.ops.ssd.backend import ScanBackend, default_chunk, scan_backend
+from falcon_bridge.ops.ssd.backend import default_chunk
+from falcon_bridge.training.limits import scan_kernels
 
 
 @dataclass(frozen=True)
@@ -155,15 +156,6 @@ def rank_shapes(model: Any, rows: int, *, half: bool, packed: bool = True) -> Ra
         ssm_channels=inner,
         packed=packed,
     )
-
-
-def scan_kernels(model: Any) -> ScanBackend:
-    """Whose kernels scan on a GPU like those that ours are made for.
-
-    Args:
-        model: a provider with SSM heads.
-    """
-    return scan_backend(model.ssm_backend, model.mamba_head_dim, model.mamba_state_dim, device=None)
 
 
 def _scan_chunk(model: Any, element: int) -> int:
