@@ -21,7 +21,8 @@ class FalconH1ModelProvider(FalconModelProvider):
         chunk_size: Chunk of mamba-ssm's scan; changes speed, not results (`mamba_chunk_size`).
         gated_norm: RMSNorm behind the SSM's gate (`mamba_rms_norm`).
         ssm_backend: Whose kernels scan: "triton", our own, or "mamba_ssm"; "torch" is pure torch anywhere. "auto"
-            takes ours on a GPU that they are made for, mamba-ssm's on another, and pure torch on CPU.
+            takes ours for the GPUs and head sizes that they have been shown on, mamba-ssm's on other GPUs and for
+            others, and pure torch on CPU.
         recompute_mixer: Keep only the input of each mixer for the backward pass and run both branches again there.
             Megatron's `recompute_modules` admits no name for it; it combines with "mlp" and "layernorm" of that list.
         recompute_gates: Do not keep what SwiGLU and, unless pure torch scans, the SSM's gate give to the next linear

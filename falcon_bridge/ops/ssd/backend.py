@@ -10,6 +10,8 @@ ScanBackend = Literal["triton", "mamba_ssm", "torch"]
 
 _WANTED = ("auto", "triton", "mamba_ssm", "torch")
 _HEAD_DIMS, _STATES = (16, 32, 64, 128), (16, 32, 64, 128, 256)
+# of head sizes beyond, ours have only been compiled for a GPU and interpreted: "auto" does not take them yet
+_LARGEST_SHOWN = 64
 # what a program may take of a multiprocessor's shared memory on Hopper, for which the kernels' blocks are chosen
 _SHARED_MEMORY = 232_448
 
@@ -23,8 +25,8 @@ def scan_backend(
     """What runs where `wanted` is asked for.
 
     Args:
-        wanted: `ssm_backend`. "auto" takes torch on the CPU; on a GPU our kernels if the sizes and the GPU fit them,
-            mamba-ssm's otherwise.
+        wanted: `ssm_backend`. "auto" takes torch on the CPU; on a GPU our kernels if the GPU fits them and they have
+            been shown on one for head sizes like this, mamba-ssm's otherwise.
         head_dim: Channels of an SSM head.
         d_state: State size.
         device: Of the tensors; None for a GPU like those that the kernels are made for.
@@ -47,7 +49,8 @@ def scan_backend(
                 f"{head_dim} and {d_state} on {device or 'a GPU'}: set ssm_backend=auto"
             )
         return "triton"
-    return "triton" if fits and (device is None or _has_room(device)) else "mamba_ssm"
+    shown = fits and head_dim <= _LARGEST_SHOWN
+    return "triton" if shown and (device is None or _has_room(device)) else "mamba_ssm"
 
 
 @functools.cache

@@ -18,6 +18,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         ("auto", (64, 128), None, True, "triton"),
         ("auto", (64, 128), GPU, False, "mamba_ssm"),  # a GPU with less shared memory
         ("auto", (96, 128), GPU, True, "mamba_ssm"),
+        ("auto", (128, 256), GPU, True, "mamba_ssm"),  # not run on a GPU yet
+        ("triton", (128, 256), GPU, True, "triton"),
         ("auto", (64, 512), GPU, True, "mamba_ssm"),
         ("mamba_ssm", (64, 128), GPU, True, "mamba_ssm"),
         ("torch", (64, 128), GPU, True, "torch"),

@@ -316,7 +316,7 @@ def test_a_model_from_hugging_face_keeps_what_the_recipe_says_of_the_run(tmp_pat
         ("500m", "mamba_ssm", 2**31 // (1536 + 2 * 128)),  # the convolution's output is the largest
         ("3b", "mamba_ssm", 2**31 // (4096 * 256) * 128),  # the states of chunks of 128 are
         ("34b", "mamba_ssm", 4 * 2**31 // (4096 * 4 // 4 * 256) * 128),  # TP 4
-        ("3b", "auto", 2**32 // (2 * 4096 + 2 * 256 + 32)),  # our kernels: causal-conv1d's views of in_proj's output
+        ("500m", "auto", 2**32 // (2 * 1536 + 2 * 128 + 24)),  # our kernels: causal-conv1d's views of in_proj's output
     ],
 )
 def test_rows_beyond_the_kernels_offsets_are_refused(recipe, backend, longest):

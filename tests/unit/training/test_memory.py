@@ -295,7 +295,8 @@ def test_the_scans_backward_holds_as_much_as_the_formula_says(size, rows, half, 
     from falcon_bridge.ops.launch import FastLaunch
     from falcon_bridge.ops.ssd.kernels.scan import scan_backward
 
-    model = getattr(falcon_bridge, f"FalconH1ModelProvider{size}")(**{"seq_length": 4096, **fields})
+    fields = {"seq_length": 4096, "ssm_backend": "triton", **fields}
+    model = getattr(falcon_bridge, f"FalconH1ModelProvider{size}")(**fields)
     model.finalize()
     shapes = rank_shapes(model, rows, half=half)
     heads, groups, state = shapes.ssm_heads, shapes.ssm_bc // shapes.ssm_state, shapes.ssm_state
@@ -327,7 +328,8 @@ def test_chunks_are_those_of_the_kernels_that_scan():
         model.finalize()
         return rank_shapes(model, 1, half=half).ssm_chunk
 
-    assert (chunk(), chunk(half=False), chunk(ssm_backend="mamba_ssm")) == (128, 64, 256)
+    assert (chunk(ssm_backend="triton"), chunk(half=False, ssm_backend="triton")) == (128, 64)
+    assert (chunk(), chunk(mamba_head_dim=64)) == (256, 128)  # auto takes ours for heads of up to 64
     assert chunk(mamba_head_dim=24) == 256  # not a size that our kernels take
 
 
