@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from falcon_bridge.ops.launch import stride_unit
+
 
 _LARGEST_GROUP = 16384
 # programs that add up the weight's gradient over many rows each, to few partial sums; four a processor of the H100
@@ -100,7 +102,7 @@ def gated_norm(
     """
     batch, length, d = y.shape
     width, block, groups = _blocks(d, weight, group_width)
-    unit = _unit(z)
+    unit = stride_unit(z)
     out = torch.empty((length, batch, d), dtype=y.dtype, device=y.device) if out is None else out
     rstd = None if weight is None else torch.empty((length, batch, groups), dtype=torch.float32, device=y.device)
     _gated_norm_kernel[(length * batch, groups)](
@@ -143,7 +145,7 @@ def gated_norm_backward(
     width, block, groups = _blocks(d, weight, group_width)
     if grad.stride(2) != 1:
         grad = grad.contiguous()
-    rows, unit = batch * length, _unit(z, dz)
+    rows, unit = batch * length, stride_unit(z, dz)
     programs = min(rows, _PROGRAMS) if weight is not None else rows
     dy = torch.empty_like(y)
     partial = None if weight is None else torch.empty((programs, d), dtype=torch.float32, device=y.device)
@@ -171,11 +173,3 @@ def _blocks(d: int, weight: torch.Tensor | None, group_width: int | None) -> tup
 
 def _warps(block: int) -> int:
     return min(16, max(4, block // 512))
-
-
-def _unit(*rows: torch.Tensor) -> int:
-    """Largest of 8 and 1 that divides the rows' strides: told to the compiler, 8 lets it load 16 bytes at once.
-
-    Triton by itself sees divisibility by 16 only, which the width of `in_proj` seldom has.
-    """
-    return 8 if all(stride % 8 == 0 for row in rows for stride in row.stride()[:2]) else 1

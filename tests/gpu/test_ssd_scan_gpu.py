@@ -27,7 +27,6 @@ def run(inputs: Inputs, backend: str) -> dict[str, torch.Tensor]:
     steps = inputs.raw_dt, inputs.dt_scale, inputs.dt_bias, inputs.a, inputs.d, inputs.seq_idx, inputs.chunk
     found = {"y": kernels.scan_forward(inputs.x, inputs.b, inputs.c, *steps)}
     like = {"dx": inputs.x, "db": inputs.b, "dc": inputs.c, "draw_dt": inputs.raw_dt}
-    # what is written is a view of a wider row, as in the model
     written = {name: torch.full_like(one, torch.nan) for name, one in like.items()}
     sums = kernels.scan_backward(inputs.dy, found["y"], inputs.x, inputs.b, inputs.c, *steps, **written)
     return found | written | dict(zip(("da", "ddt_bias", "dd"), sums, strict=True))

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from falcon_bridge.ops.launch import FastLaunch
+from falcon_bridge.ops.launch import FastLaunch, stride_unit
 
 
 _INNER = 64  # columns of dscores that one product takes
@@ -161,7 +161,7 @@ def group_gradients(
     rows, columns = min(config["block_m"], size), min(config["block_n"], d_state)
     query = torch.empty((d_state // columns, *log2_decay.shape), dtype=torch.float32, device=x.device)
     views = (dy, x, b, c, db, dc)
-    unit = 8 if all(stride % 8 == 0 for view in views for stride in view.stride()[:2]) else 1
+    unit = stride_unit(*views)
     arguments = (
         *(dy, x, b, c, dt, log2_decay, states, dstates, dscores, seq_idx, db, dc, query),
         *(length, chunks, heads, groups, dscores.stride(0), query.stride(0)),

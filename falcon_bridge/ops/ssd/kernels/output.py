@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from falcon_bridge.ops.launch import FastLaunch
+from falcon_bridge.ops.launch import FastLaunch, stride_unit
 
 
 # heads that a program takes: fewer give more programs, more pay less for C·Bᵀ, which costs as much as one or two heads
@@ -173,7 +173,7 @@ def chunk_outputs(
     chosen = {**_configuration(head_dim, d_state, chunk, x.element_size()), **(config or {})}
     programs = chunk // chosen["block_m"] * (head_dim // chosen["block_p"]) * groups * batch * chunks
     block_heads = chosen.pop("heads", None) or _heads(heads // groups, programs)
-    unit = 8 if all(t.stride(0) % 8 == 0 and t.stride(1) % 8 == 0 for t in (x, b, c, out)) else 1
+    unit = stride_unit(x, b, c, out)
     strides = [t.stride(dim) // unit for t in (x, b, c, out) for dim in (0, 1)]
     launch = _launch(seq_idx is not None, chunk, head_dim, d_state, unit, **chosen)
     launch(

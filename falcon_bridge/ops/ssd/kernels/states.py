@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from falcon_bridge.ops.launch import FastLaunch
+from falcon_bridge.ops.launch import FastLaunch, stride_unit
 
 
 # wide blocks read x and dy less often, but chunks are walked in order: with fewer programs too many of an H100's 132
@@ -138,7 +138,7 @@ def chunk_states(
     chunks, size = log2_decay.shape[2:]
     states = torch.empty((batch, chunks, heads, head_dim, d_state), dtype=x.dtype, device=x.device)
     config = launch_config(batch * heads, head_dim, d_state, size, x.element_size()) | (config or {})
-    unit = _unit(x, b)
+    unit = stride_unit(x, b)
     launch = _forward(HAS_SEQ_IDX=seq_idx is not None, L=size, P=head_dim, N=d_state, UNIT=unit, **config)
     launch(
         (head_dim // config["BLOCK_P"] * (d_state // config["BLOCK_N"]) * batch * heads,),
@@ -178,7 +178,7 @@ def chunk_state_gradients(
     parts = head_dim // config["BLOCK_P"] * (d_state // config["BLOCK_N"])
     dstates = torch.empty_like(states)
     decay_grad = torch.empty((parts, batch, heads, chunks), dtype=torch.float32, device=dy.device)
-    unit = _unit(dy, c)
+    unit = stride_unit(dy, c)
     launch = _backward(HAS_SEQ_IDX=seq_idx is not None, L=size, P=head_dim, N=d_state, UNIT=unit, **config)
     launch(
         (parts * batch * heads,),
@@ -226,11 +226,3 @@ def _forward(**meta: Any) -> FastLaunch:
 @cache
 def _backward(**meta: Any) -> FastLaunch:
     return FastLaunch(_chunk_state_gradients_kernel, **meta)
-
-
-def _unit(*rows: torch.Tensor) -> int:
-    """Largest of 8 and 1 that divides the rows' strides: told to the compiler, 8 lets it copy 16 bytes at once.
-
-    Triton by itself sees divisibility by 16 only, which the width of `in_proj` seldom has.
-    """
-    return 8 if all(stride % 8 == 0 for row in rows for stride in row.stride()[:2]) else 1
